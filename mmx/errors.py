@@ -1,0 +1,14 @@
+"""Errors that a user can act on."""
+
+
+class UserError(Exception):
+    """A mistake in the input, told as a sentence: what is wrong, the rule, one way out.
+
+    Command-line verbs print it without a traceback and exit with `exit_code`.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, rule: str = "", fix: str = ""):
+        self.what, self.rule, self.fix = what, rule, fix
+        super().__init__(" ".join(part for part in (what, rule, fix) if part))
