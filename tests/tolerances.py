@@ -20,6 +20,8 @@ TABLE = {
     "logits": {"float32": ("peak", 2e-4), "bfloat16": ("peak", 5e-2)},
     # The same model on the same weights, another split into chunks, batches or devices.
     "split": {"float32": ("peak", 1e-4), "bfloat16": ("peak", 5e-2)},
+    # Log probabilities and sampling scores against float64 arithmetic on the same logits.
+    "sampling": {"float32": ("peak", 1e-5)},
     # Published constants given to about nine digits, computed in float32.
     "constant": {"float32": ("peak", 1e-6)},
 }
