@@ -1,0 +1,104 @@
+"""Text configuration: gin files and bindings, and a gin mistake as one clear sentence."""
+
+import dataclasses
+import importlib.util  # noqa: F401  gin reads importlib.util without importing it
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gin
+
+import mmx
+from mmx.cli import settings as rules
+from mmx.errors import UserError
+
+PACKAGE_DIR = Path(mmx.__file__).parent
+CONFIG_DIR = PACKAGE_DIR / "configs"
+
+# `model/nano.gin` and `configs/model/nano.gin` both resolve, from any directory.
+SEARCH = (Path(), CONFIG_DIR, PACKAGE_DIR)
+for _root in SEARCH[1:]:
+    gin.add_config_file_search_path(str(_root))
+
+_made: dict[str, Any] = {}
+_classes: dict[str, type] = {}
+
+
+def register(classes: Mapping[str, type]) -> None:
+    """Makes each dataclass bindable in gin under its name; a name keeps its first class."""
+    for name, cls in classes.items():
+        if name not in _made:
+            _made[name] = gin.external_configurable(cls, name=name, module="mmx")
+            _classes[name] = cls
+
+
+def configure(name: str, files: list[str], params: list[str], given: Mapping[str, Any]) -> Any:
+    """Builds the registered class `name`: defaults, then gin files, then bindings, then `given`.
+
+    Raises UserError for a missing file, a syntax error, an unknown name or a refused value.
+    """
+    gin.clear_config()
+    for path in files:
+        if not any((root / path).is_file() for root in SEARCH):
+            raise UserError(f"There is no gin file '{path}'.",
+                            "It is looked for as given and among the configs that mmx ships.",
+                            f"Those are {', '.join(shipped())}.")
+        _guarded(gin.parse_config_file, path)
+    for param in params:
+        _guarded(gin.parse_config, param)
+    for field, value in given.items():
+        gin.bind_parameter(f"{name}.{field}", value)
+    return _guarded(_made[name])
+
+
+def operative() -> str:
+    """Returns the configuration in use as gin text that replays it."""
+    return gin.operative_config_str()
+
+
+def shipped() -> list[str]:
+    return sorted(path.relative_to(CONFIG_DIR).as_posix() for path in CONFIG_DIR.rglob("*.gin"))
+
+
+def _guarded(call, *args):
+    try:
+        return call(*args)
+    except UserError as error:
+        # gin appends notes on its own call; the sentence stands in the attributes.
+        raise UserError(error.what, error.rule, error.fix) from None
+    except (OSError, SyntaxError, ValueError, TypeError, ImportError, RuntimeError,
+            AttributeError) as error:
+        raise _sentence(str(error)) from None
+
+
+def _sentence(message: str) -> UserError:
+    lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no reason given"]
+    place = re.search(r'In (?:file "(.*?)"|bindings string) line (\d+)', message)
+    where = f" ({place[1] or 'binding'}, line {place[2]})" if place else ""
+    if found := re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", message):
+        return UserError(f"gin knows no name '{found[1]}'{where}.", "",
+                         rules.nearest(found[1], _classes)
+                         or f"Names are {', '.join(sorted(_classes))}.")
+    if found := re.search(r"Configurable '([\w./]+)' doesn't have a parameter named '(\w+)'",
+                          message):
+        cls = _classes.get(found[1].rpartition(".")[2])
+        names = [field.name for field in dataclasses.fields(cls)] if cls else []
+        return UserError(f"gin name '{found[1]}' has no parameter '{found[2]}'{where}.", "",
+                         rules.nearest(found[2], names) or f"It has {', '.join(names)}.")
+    if "macro() missing" in message:
+        scope = re.search(r"in scope '(\w+)'", message)
+        return UserError(f"The gin macro %{scope[1] if scope else '?'} has no value.",
+                         "A macro needs a value before the run starts.",
+                         "Write NAME = value, or give the gin file that does.")
+    if found := re.search(r"Failed to parse token '(.*?)'", message):
+        return UserError(f"gin cannot read the value {found[1]}{where}.",
+                         "A value is a Python literal, so text stands in quotes.",
+                         f"""Write "{found[1]}" for text.""")
+    if found := re.search(r"Unable to open file: (.*?)\. Searched", message):
+        return UserError(f"There is no gin file '{found[1]}'{where}.",
+                         "An include is looked for as given and among the configs that mmx ships.",
+                         f"Those are {', '.join(shipped())}.")
+    return UserError(f"gin cannot read the configuration: {lines[0].rstrip('.')}{where}.",
+                     "A binding is written name.parameter = value.",
+                     "For example --gin_param='generate.temperature=0.7'.")

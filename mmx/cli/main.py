@@ -1,0 +1,149 @@
+"""The command `mmx VERB --flag=value…`: finds the verb, parses, runs, and words every failure."""
+
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import mmx
+from mmx.errors import UserError
+
+# Verb → module of mmx.cli and its line in the help. A module holds
+#   Settings      frozen dataclass: each field is a flag and a gin parameter `VERB.field`
+#   EXAMPLE       command lines for its help
+#   run(call)     does the work with call.settings and returns the exit code (None is 0)
+#   CONFIGURABLES optional: further dataclasses by gin name, for `Settings` fields to refer to
+# and imports nothing heavy at its top: `--help` and a mistyped flag answer before jax is loaded.
+VERBS = {
+    "generate": "write text after a prompt, or chat",
+    "batch": "answer every record of a JSON Lines file",
+    "train": "train on text files",
+    "convert": "rewrite a checkpoint in another layout, format or precision",
+    "inspect": "list the tensors of a checkpoint or preset",
+}
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a verb.
+
+    `config` is the operative configuration as gin text; saved beside a run's output, it replays
+    the run by --gin_file.
+    """
+
+    verb: str
+    settings: Any
+    config: str
+
+    def announce(self) -> None:
+        """Prints what differs from the defaults, compactly, on stderr of process 0."""
+        from mmx.obs import log
+
+        defaults = {field.name: field.default for field in dataclasses.fields(self.settings)}
+        changed = [f"{name}={value!r}" for name, default in defaults.items()
+                   if (value := getattr(self.settings, name)) != default]
+        log.note(f"config: {self.verb} " + (" ".join(changed) or "(all defaults)"))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the operative configuration to `path`."""
+        from mmx.obs import files
+
+        files.write_text(path, self.config)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line (without the program's name) and returns its exit code.
+
+    0 is success; 2 a mistake in the input, told on stderr; 130 an interrupt; 141 a closed pipe.
+    """
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")
+        return INTERRUPTED
+    except BrokenPipeError:
+        _swallow_stdout()
+        return BROKEN_PIPE
+    except OSError as error:
+        name = f"{error.filename!r}: " if error.filename else ""
+        return _fail(f"{name}{error.strerror or error}.")
+    except MemoryError:
+        return _fail(_OUT_OF_MEMORY)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _fail(f"{_OUT_OF_MEMORY} ({str(error).splitlines()[0][:200]})")
+
+
+_OUT_OF_MEMORY = ("The memory of this machine is used up. Weights, cache and activations must fit "
+                  "together. Shorten the prompt, lower --slots, or load with --quantize=int8.")
+
+
+def console() -> None:
+    """Entry point of the `mmx` script."""
+    sys.exit(main())
+
+
+def verb_module(verb: str):
+    """Imports the module of a verb."""
+    return importlib.import_module(f"mmx.cli.{verb}")
+
+
+def _dispatch(argv: list[str]) -> int:
+    from mmx.cli import help as pages
+
+    if not argv or argv[0] in ("--help", "-h", "-?", "help"):
+        if argv[1:2] and argv[1] in VERBS:
+            print(pages.verb_page(argv[1], verb_module(argv[1])))
+        else:
+            print(pages.front_page(VERBS))
+        return 0
+    if argv[0] in ("--version", "-V"):
+        print(f"mmx {mmx.__version__}")
+        return 0
+    verb = argv[0]
+    if verb not in VERBS:
+        from mmx.cli.settings import nearest
+
+        raise UserError(f"mmx has no verb '{verb}'.", f"Verbs are {', '.join(VERBS)}.",
+                        nearest(verb, VERBS) or "'mmx --help' tells what each does.")
+    module = verb_module(verb)
+    if any(arg in ("--help", "-h", "--helpfull", "--helpshort") for arg in argv[1:]):
+        print(pages.verb_page(verb, module))
+        return 0
+    return module.run(_parse(verb, module, argv[1:])) or 0
+
+
+def _parse(verb: str, module, argv: list[str]) -> Call:
+    from mmx.cli import arguments, bindings
+    from mmx.cli.settings import check
+
+    parsed = arguments.parse(verb, module.Settings, argv)
+    # A gin file may be shared by several verbs, so all their names are known to each.
+    for name in VERBS if parsed.gin_files or parsed.gin_params else (verb,):
+        each = verb_module(name)
+        bindings.register({name: each.Settings, **getattr(each, "CONFIGURABLES", {})})
+    settings = bindings.configure(verb, parsed.gin_files, parsed.gin_params, parsed.given)
+    check(settings)
+    return Call(verb, settings, bindings.operative())
+
+
+def _fail(sentence: str) -> int:
+    sys.stderr.write(f"mmx: {sentence}\n")
+    return UserError.exit_code
+
+
+def _swallow_stdout() -> None:
+    """Points stdout at nothing, or the interpreter complains about the closed pipe at exit."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        pass

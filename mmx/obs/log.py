@@ -1,0 +1,37 @@
+"""Messages for people: on stderr, from process 0 alone, clear of a running progress bar."""
+
+import sys
+
+_process_index = 0
+
+
+def set_process(index: int) -> None:
+    """Tells which process this is; distributed start-up calls it. Only process 0 speaks."""
+    global _process_index
+    _process_index = index
+
+
+def is_speaker() -> bool:
+    return _process_index == 0
+
+
+def note(text: str) -> None:
+    """Writes a line to stderr, on process 0."""
+    if is_speaker():
+        write(text)
+
+
+def warn(text: str) -> None:
+    """Writes a line to stderr on every process: a record or a file at fault is known to one."""
+    write(f"warning: {text}")
+
+
+def write(text: str) -> None:
+    from mmx.obs.progress import active_bar
+
+    bar = active_bar()
+    if bar is None:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    else:
+        bar.write(text, file=sys.stderr)
