@@ -82,30 +82,42 @@ class ModelConfig:
         for name in _POSITIVE_INTS:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"{name}={value!r} is out of range.", "It must be an integer ≥ 1.",
-                                f"Set {name} to a positive integer.")
+                raise UserError(
+                    f"{name}={value!r} is out of range.",
+                    "It must be an integer ≥ 1.",
+                    f"Set {name} to a positive integer.",
+                )
         if not self.layer_types or not set(self.layer_types) <= {LIGHTNING, SOFTMAX}:
-            raise UserError(f"layer_types={self.layer_types!r} is not a layer pattern.",
-                            f"Each entry is '{LIGHTNING}' or '{SOFTMAX}', at least one.",
-                            "Give one entry per layer.")
+            raise UserError(
+                f"layer_types={self.layer_types!r} is not a layer pattern.",
+                f"Each entry is '{LIGHTNING}' or '{SOFTMAX}', at least one.",
+                "Give one entry per layer.",
+            )
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_heads={self.num_heads} does not divide by num_kv_heads={self.num_kv_heads}.",
                 "Each key/value head serves the same number of query heads.",
-                "Choose num_kv_heads among the divisors of num_heads.")
+                "Choose num_kv_heads among the divisors of num_heads.",
+            )
         if not 0 <= self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
-            raise UserError(f"rotary_dim={self.rotary_dim} is out of range.",
-                            f"It must be even and between 0 and head_dim={self.head_dim}.",
-                            "The released weights use head_dim / 2.")
+            raise UserError(
+                f"rotary_dim={self.rotary_dim} is out of range.",
+                f"It must be even and between 0 and head_dim={self.head_dim}.",
+                "The released weights use head_dim / 2.",
+            )
         if self.experts_per_token > self.num_experts:
             raise UserError(
                 f"experts_per_token={self.experts_per_token} is more than "
                 f"num_experts={self.num_experts}.",
-                "A token is sent to distinct experts.", "Lower experts_per_token.")
+                "A token is sent to distinct experts.",
+                "Lower experts_per_token.",
+            )
         if self.decay_rule not in (DECAY_OFFICIAL, DECAY_TRANSFORMERS):
-            raise UserError(f"decay_rule={self.decay_rule!r} is unknown.",
-                            f"It is '{DECAY_OFFICIAL}' or '{DECAY_TRANSFORMERS}'.",
-                            "The released weights were trained with 'official'.")
+            raise UserError(
+                f"decay_rule={self.decay_rule!r} is unknown.",
+                f"It is '{DECAY_OFFICIAL}' or '{DECAY_TRANSFORMERS}'.",
+                "The released weights were trained with 'official'.",
+            )
 
     @property
     def num_layers(self) -> int:
@@ -151,8 +163,16 @@ class ModelConfig:
 
 
 _POSITIVE_INTS = (
-    "vocab_size", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "num_experts",
-    "experts_per_token", "expert_dim", "block_size", "max_position_embeddings",
+    "vocab_size",
+    "hidden_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "num_experts",
+    "experts_per_token",
+    "expert_dim",
+    "block_size",
+    "max_position_embeddings",
 )
 
 
@@ -166,7 +186,7 @@ def _longest_repeat(types: tuple[str, ...], start: int) -> Stack:
     best = None
     for width in range(1, len(rest) // 2 + 1):
         repeats = 1
-        while rest[repeats * width:(repeats + 1) * width] == rest[:width]:
+        while rest[repeats * width : (repeats + 1) * width] == rest[:width]:
             repeats += 1
         covers = width * repeats
         mixed = len(set(rest[:width])) > 1 or len(set(rest)) == 1
@@ -196,20 +216,49 @@ def deepnorm_beta(num_layers: int) -> float:
 def _release(num_layers: int) -> ModelConfig:
     alpha = deepnorm_alpha(80)
     return ModelConfig(
-        vocab_size=200064, hidden_size=6144, layer_types=hybrid_pattern(num_layers), num_heads=64,
-        num_kv_heads=8, head_dim=128, rotary_dim=64, rope_theta=1e7, num_experts=32,
-        experts_per_token=2, expert_dim=9216, lightning_alpha=alpha, softmax_alpha=alpha,
-        mlp_alpha=alpha, postnorm=True, max_position_embeddings=10240000, eos_token_ids=(200020,))
+        vocab_size=200064,
+        hidden_size=6144,
+        layer_types=hybrid_pattern(num_layers),
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        rotary_dim=64,
+        rope_theta=1e7,
+        num_experts=32,
+        experts_per_token=2,
+        expert_dim=9216,
+        lightning_alpha=alpha,
+        softmax_alpha=alpha,
+        mlp_alpha=alpha,
+        postnorm=True,
+        max_position_embeddings=10240000,
+        eos_token_ids=(200020,),
+    )
 
 
 def _nano() -> ModelConfig:
     alpha = deepnorm_alpha(8)
     return ModelConfig(
-        vocab_size=4096, hidden_size=256, layer_types=hybrid_pattern(8), num_heads=8,
-        num_kv_heads=2, head_dim=32, rotary_dim=16, rope_theta=1e4, num_experts=8,
-        experts_per_token=2, expert_dim=96, block_size=64, lightning_alpha=alpha,
-        softmax_alpha=alpha, mlp_alpha=alpha, postnorm=True, max_position_embeddings=1048576,
-        router_aux_loss_coef=0.01, eos_token_ids=(2,))
+        vocab_size=4096,
+        hidden_size=256,
+        layer_types=hybrid_pattern(8),
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=32,
+        rotary_dim=16,
+        rope_theta=1e4,
+        num_experts=8,
+        experts_per_token=2,
+        expert_dim=96,
+        block_size=64,
+        lightning_alpha=alpha,
+        softmax_alpha=alpha,
+        mlp_alpha=alpha,
+        postnorm=True,
+        max_position_embeddings=1048576,
+        router_aux_loss_coef=0.01,
+        eos_token_ids=(2,),
+    )
 
 
 _PRESETS = {
@@ -228,6 +277,9 @@ def preset_names() -> tuple[str, ...]:
 def preset(name: str) -> ModelConfig:
     """Returns a named geometry: text01, m1, period (8 layers at true width) or nano (embedded)."""
     if name not in _PRESETS:
-        raise UserError(f"There is no preset '{name}'.", f"Presets are {', '.join(_PRESETS)}.",
-                        "Name one of them, or give a directory with a config.json.")
+        raise UserError(
+            f"There is no preset '{name}'.",
+            f"Presets are {', '.join(_PRESETS)}.",
+            "Name one of them, or give a directory with a config.json.",
+        )
     return _PRESETS[name]()

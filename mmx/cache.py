@@ -1,0 +1,95 @@
+"""What a model remembers of each sequence: lightning states and softmax keys and values."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmx.config import LIGHTNING, STATE_DTYPE, ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Memory of B sequences.
+
+    Attributes:
+      stacks: per stack, per position in its pattern: {"state": [R, B, N, H, H] float32} for a
+        lightning layer, {"k", "v": [R, B, S, K, H]} for a softmax layer.
+      lengths_B: int32 tokens consumed by each row.
+    """
+
+    stacks: tuple[tuple[dict[str, jax.Array], ...], ...]
+    lengths_B: jax.Array
+
+    @property
+    def batch(self) -> int:
+        return self.lengths_B.shape[0]
+
+    @property
+    def capacity(self) -> int | None:
+        """Tokens that each row can hold; None when no softmax layer limits it."""
+        for stack in self.stacks:
+            for memory in stack:
+                if "k" in memory:
+                    return memory["k"].shape[2]
+        return None
+
+
+def cache_shapes(config: ModelConfig, batch: int, capacity: int, dtype) -> Cache:
+    """Returns a Cache of ShapeDtypeStructs; `dtype` is of keys and values."""
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+
+    def memory(kind, repeats):
+        if kind == LIGHTNING:
+            return {"state": jax.ShapeDtypeStruct((repeats, batch, N, H, H), STATE_DTYPE)}
+        kv = jax.ShapeDtypeStruct((repeats, batch, capacity, K, H), dtype)
+        return {"k": kv, "v": kv}
+
+    stacks = tuple(
+        tuple(memory(kind, stack.repeats) for kind in stack.pattern) for stack in config.stacks
+    )
+    return Cache(stacks, jax.ShapeDtypeStruct((batch,), jnp.int32))
+
+
+def init_cache(config: ModelConfig, batch: int, capacity: int, dtype="bfloat16") -> Cache:
+    """Returns an empty cache for `batch` rows of up to `capacity` tokens."""
+    shapes = cache_shapes(config, batch, capacity, dtype)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def cache_bytes(config: ModelConfig, batch: int, capacity: int, dtype="bfloat16") -> int:
+    """Returns the bytes of `init_cache` with the same arguments, allocating nothing."""
+    shapes = cache_shapes(config, batch, capacity, dtype)
+    return sum(
+        int(np.prod(x.shape, dtype=np.int64)) * jnp.dtype(x.dtype).itemsize
+        for x in jax.tree.leaves(shapes)
+    )
+
+
+def write_slot(cache: Cache, slot: jax.Array, one: Cache) -> Cache:
+    """Replaces row `slot` of `cache` by the only row of `one` (of at most its capacity)."""
+
+    def put(big, small, axis):
+        start = [0] * big.ndim
+        start[axis] = slot
+        return jax.lax.dynamic_update_slice(big, small.astype(big.dtype), tuple(start))
+
+    stacks = jax.tree.map(lambda big, small: put(big, small, 1), cache.stacks, one.stacks)
+    return Cache(stacks, put(cache.lengths_B, one.lengths_B, 0))
+
+
+def grow(cache: Cache, capacity: int) -> Cache:
+    """Returns the cache with room for `capacity` tokens a row; what it holds is kept."""
+
+    def pad(memory):
+        if "k" not in memory:
+            return memory
+        extra = capacity - memory["k"].shape[2]
+        return {
+            name: jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0), (0, 0)))
+            for name, x in memory.items()
+        }
+
+    return Cache(tuple(tuple(pad(m) for m in stack) for stack in cache.stacks), cache.lengths_B)

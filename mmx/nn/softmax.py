@@ -1,0 +1,76 @@
+"""Softmax attention layer: grouped key/value heads, partial rotary positions."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmx.config import ModelConfig
+from mmx.nn.linear import project
+from mmx.nn.params import Factory, xavier
+from mmx.nn.rope import apply_rope
+from pallas_kernels import attention
+
+
+class SoftmaxAttention(nnx.Module):
+    """Causal attention; keys enter a cache rotated, values raw."""
+
+    def __init__(self, config: ModelConfig, make: Factory, gain: float):
+        D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        self.q = make.param("q", (D, N, H), ("embed", "heads", None), xavier(D, N * H))
+        self.k = make.param("k", (D, K, H), ("embed", "kv_heads", None), xavier(D, K * H))
+        self.v = make.param("v", (D, K, H), ("embed", "kv_heads", None), xavier(D, K * H, gain))
+        self.out = make.param("out", (N, H, D), ("heads", None, "embed"), xavier(N * H, D, gain))
+        self.rotary_dim, self.theta = config.rotary_dim, config.rope_theta
+
+    def qkv(self, h_BTD: jax.Array, position_BT: jax.Array):
+        """Returns rotated q [B, T, N, H], rotated k and raw v [B, T, K, H]."""
+        q = project("btd,dnh->btnh", h_BTD, self.q[...])
+        k = project("btd,dkh->btkh", h_BTD, self.k[...])
+        v = project("btd,dkh->btkh", h_BTD, self.v[...])
+        q, k = (apply_rope(x, position_BT, self.rotary_dim, self.theta) for x in (q, k))
+        return q, k, v
+
+    def __call__(self, h_BTD, position_BT, cache, samples_BT, lengths_B, implementation=None):
+        """Returns the layer's output [B, T, D] and the new (k, v) [B, S, K, H], or None.
+
+        `cache` is None (attention among the given tokens) or (k, v, offsets_B): the tokens are
+        written at `offsets_B` and attend to all that the cache holds.
+        """
+        q, k, v = self.qkv(h_BTD, position_BT)
+        if cache is None:
+            out = attention(q, k, v, samples_BT=samples_BT, implementation=implementation)
+            new = None
+        else:
+            k_cache, v_cache, offsets_B = cache
+            new = tuple(
+                write_rows(old, x, offsets_B, lengths_B) for old, x in ((k_cache, k), (v_cache, v))
+            )
+            k, v = (x.astype(q.dtype) for x in new)
+            out = attention(q, k, v, offsets_B=offsets_B, implementation=implementation)
+        return project("btnh,nhd->btd", out, self.out[...]), new
+
+
+def write_rows(cache_BSKH, x_BTKH, offsets_B, lengths_B) -> jax.Array:
+    """Writes each row's first `lengths_B[b]` tokens at `offsets_B[b]`, and nothing else.
+
+    A window of T tokens is read, merged and written back; near the end of the cache the window
+    moves left and the tokens right, so padding can neither overwrite nor be cut into place.
+    """
+    S, T = cache_BSKH.shape[1], x_BTKH.shape[1]
+    if T > S:
+        raise ValueError(f"{T} tokens do not fit a cache of {S}; allocate at least the chunk.")
+    x_BTKH = x_BTKH.astype(cache_BSKH.dtype)
+
+    def row(cache_SKH, x_TKH, offset, length):
+        first = jnp.clip(offset, 0, S - T)
+        shift = offset - first
+        index_T = jnp.arange(T) - shift
+        mine_T11 = ((index_T >= 0) & (index_T < length))[:, None, None]
+        old_TKH = jax.lax.dynamic_slice_in_dim(cache_SKH, first, T)
+        new_TKH = jnp.where(mine_T11, jnp.roll(x_TKH, shift, axis=0), old_TKH)
+        return jax.lax.dynamic_update_slice_in_dim(cache_SKH, new_TKH, first, 0)
+
+    # Row by row for small batches: a batched dynamic slice becomes a scatter, which is slow on CPU.
+    if cache_BSKH.shape[0] == 1:
+        return row(cache_BSKH[0], x_BTKH[0], offsets_B[0], lengths_B[0])[None]
+    return jax.vmap(row)(cache_BSKH, x_BTKH, offsets_B, lengths_B)

@@ -1,0 +1,55 @@
+"""Public function of softmax attention and the choice of its implementation."""
+
+import jax
+
+from pallas_kernels import dispatch
+from pallas_kernels.attention import reference, xla
+
+_IMPLEMENTATIONS = {
+    "reference": reference.attention,
+    "xla": xla.attention,
+}
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    offsets_B: jax.Array | None = None,
+    samples_BT: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Causal softmax attention with grouped key/value heads, scale 1/√H.
+
+    Query head n reads key/value head n // (N / K). Keys lie at positions 0 … S-1; query t of row b
+    stands at position `offsets_B[b] + t` and attends to keys at or before it.
+
+    Args:
+      q_BTNH, k_BSKH, v_BSKH: float32 or bfloat16; rotation already applied. Scores, softmax and
+        sums are float32.
+      offsets_B: int32 position of each row's first query; zeros if None. Keys beyond a row's last
+        query may hold anything finite.
+      samples_BT: int32 sample number per token for packed rows (T = S, no offsets): tokens attend
+        within their sample only.
+      implementation: "reference" (all scores at once), "xla" (blocks), or None.
+
+    Returns:
+      Output [B, T, N, H] in q's dtype. Differentiable in q, k and v when `offsets_B` is None.
+
+    Raises:
+      ValueError: shapes that do not fit, or an unknown implementation.
+    """
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    if k_BSKH.shape != v_BSKH.shape or k_BSKH.shape != (B, S, K, H) or N % K:
+        raise ValueError(
+            f"q {q_BTNH.shape}, k {k_BSKH.shape} and v {v_BSKH.shape} must be [B, T, N, H], "
+            "[B, S, K, H] and [B, S, K, H] with K dividing N."
+        )
+    if samples_BT is not None and (offsets_B is not None or T != S):
+        raise ValueError("samples_BT is for packed rows without a cache: T = S, no offsets_B.")
+    if offsets_B is None and S < T:
+        raise ValueError(f"{T} queries need at least as many keys; got {S}.")
+    run = dispatch.choose("attention", _IMPLEMENTATIONS, implementation, "xla", (B, T, S, N, K, H))
+    return run(q_BTNH, k_BSKH, v_BSKH, offsets_B, samples_BT)

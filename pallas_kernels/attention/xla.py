@@ -1,0 +1,107 @@
+"""Softmax attention in blocks for XLA on any device.
+
+Without offsets (training, scoring) query blocks see a static prefix of the keys: no work above
+the diagonal, and plain autodiff. With offsets (a cache) key blocks are visited up to the furthest
+query by a loop of dynamic length with a running maximum and sum, so cost follows the tokens held
+and not the capacity.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import precision
+
+QUERY_BLOCK = 512
+KEY_BLOCK = 1024
+# Past this many static query blocks one compiled loop is better than a long program.
+MAX_STATIC_BLOCKS = 16
+NEG_INF = -1e30  # finite, so that a fully masked block gives exp(0) · 0 and never NaN
+
+
+def attention(q_BTNH, k_BSKH, v_BSKH, offsets_B, samples_BT):
+    """Blocked form; arguments and results as in the public function."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    if offsets_B is None:
+        out = _causal(q_BKGTH, k_BKSH, v_BKSH, samples_BT)
+    else:
+        out = _cached(q_BKGTH, k_BKSH, v_BKSH, offsets_B)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def _scores(q, k):
+    product = jnp.einsum(
+        "bkgth,bksh->bkgts",
+        q,
+        k,
+        precision=precision.for_dtype(q.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return product * (1.0 / math.sqrt(q.shape[-1]))
+
+
+def _weighted(weights, v):
+    return jnp.einsum(
+        "bkgts,bksh->bkgth",
+        weights.astype(v.dtype),
+        v,
+        precision=precision.for_dtype(v.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _attend(q, k, v, mask):
+    """Plain softmax over the given keys; mask broadcasts to [B, K, G, T, S]."""
+    scores = jnp.where(mask, _scores(q, k), NEG_INF)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    return _weighted(weights, v) / weights.sum(-1, keepdims=True)
+
+
+def _causal(q, k, v, samples_BT):
+    T = q.shape[3]
+    block = max(QUERY_BLOCK, -(-T // MAX_STATIC_BLOCKS))
+
+    def rows(first, last):
+        mask = jnp.arange(last) <= jnp.arange(first, last)[:, None]
+        if samples_BT is not None:
+            same = samples_BT[:, first:last, None] == samples_BT[:, None, :last]
+            mask = mask & same[:, None, None]
+        return _attend(q[..., first:last, :], k[..., :last, :], v[..., :last, :], mask)
+
+    blocks = [rows(first, min(first + block, T)) for first in range(0, T, block)]
+    return jnp.concatenate(blocks, axis=3) if len(blocks) > 1 else blocks[0]
+
+
+def _cached(q, k, v, offsets_B):
+    T, S = q.shape[3], k.shape[2]
+    position = (offsets_B[:, None] + jnp.arange(T))[:, None, None, :, None]
+    if S <= KEY_BLOCK:
+        return _attend(q, k, v, jnp.arange(S) <= position)
+
+    def block(i, carry):
+        out, total, peak = carry
+        # The last block may overlap its neighbour: its first keys are then masked as seen.
+        first = jnp.minimum(i * KEY_BLOCK, S - KEY_BLOCK)
+        k_block, v_block = (jax.lax.dynamic_slice_in_dim(x, first, KEY_BLOCK, 2) for x in (k, v))
+        key = first + jnp.arange(KEY_BLOCK)
+        mask = (key <= position) & (key >= i * KEY_BLOCK)
+        scores = jnp.where(mask, _scores(q, k_block), NEG_INF)
+        new_peak = jnp.maximum(peak, scores.max(-1, keepdims=True))
+        weights = jnp.where(mask, jnp.exp(scores - new_peak), 0.0)
+        rescale = jnp.exp(peak - new_peak)
+        out = out * rescale + _weighted(weights, v_block)
+        return out, total * rescale + weights.sum(-1, keepdims=True), new_peak
+
+    shape = q.shape[:-1]
+    start = (
+        jnp.zeros((*shape, q.shape[-1]), jnp.float32),
+        jnp.zeros((*shape, 1), jnp.float32),
+        jnp.full((*shape, 1), NEG_INF, jnp.float32),
+    )
+    used = jnp.minimum(jnp.max(offsets_B) + T, S)
+    out, total, _ = jax.lax.fori_loop(0, -(-used // KEY_BLOCK), block, start)
+    return out / total

@@ -1,0 +1,84 @@
+"""Public function of lightning attention and the choice of its implementation."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.lightning_attention import reference, xla
+from pallas_kernels.lightning_attention.decode import lightning_decode
+
+_IMPLEMENTATIONS = {
+    "reference": reference.lightning_attention,
+    "xla": xla.lightning_attention,
+}
+
+
+def lightning_attention(
+    q_BTNH: jax.Array,
+    k_BTNH: jax.Array,
+    v_BTNH: jax.Array,
+    slopes_N: jax.Array,
+    state_BNHH: jax.Array | None = None,
+    *,
+    starts_BT: jax.Array | None = None,
+    lengths_B: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Linear attention with one exponential decay per head (arXiv 2501.08313, lightning attention).
+
+    Per head: `S_t = exp(-slope) S_{t-1} + k_t^T v_t`, `o_t = q_t S_t`; no scale on q. The current
+    token is included and undecayed.
+
+    Args:
+      q_BTNH, k_BTNH, v_BTNH: float32 or bfloat16, any T ≥ 1.
+      slopes_N: float32, ≥ 0, per token.
+      state_BNHH: float32 state before the first token, rows keys and columns values; zeros if None.
+      starts_BT: bool, true where a new sample begins: the state is reset before that token, so
+        decay counts only a sample's own tokens.
+      lengths_B: int32 in [0, T]; tokens from `lengths_B[b]` on are padding, which neither decays
+        nor enters the state, and whose output is zero.
+      implementation: "reference" (one token at a time), "xla" (chunks of matrix products), or None.
+
+    Returns:
+      Output [B, T, N, H] in q's dtype, and the float32 state [B, N, H, H] after the last token.
+      Differentiable in q, k, v and the state.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, or an unknown implementation.
+    """
+    _check(q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT, lengths_B)
+    B, T, N, H = q_BTNH.shape
+    if state_BNHH is None:
+        state_BNHH = jnp.zeros((B, N, H, H), jnp.float32)
+    slopes_N = jnp.asarray(slopes_N, jnp.float32)
+    if implementation is None and T == 1:
+        return lightning_decode(
+            q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT=starts_BT, lengths_B=lengths_B
+        )
+    run = dispatch.choose(
+        "lightning_attention", _IMPLEMENTATIONS, implementation, "xla", (B, T, N, H)
+    )
+    return run(q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT, lengths_B)
+
+
+def _check(q, k, v, slopes, state, starts, lengths) -> None:
+    if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape:
+        raise ValueError(
+            f"q, k and v must share one shape [B, T, N, H]; got {q.shape}, {k.shape}, {v.shape}."
+        )
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(
+            f"q, k and v must all be float32 or all bfloat16; got {q.dtype}, {k.dtype}, {v.dtype}."
+        )
+    B, T, N, H = q.shape
+    expected = {
+        "slopes_N": (slopes, (N,)),
+        "state_BNHH": (state, (B, N, H, H)),
+        "starts_BT": (starts, (B, T)),
+        "lengths_B": (lengths, (B,)),
+    }
+    for name, (array, shape) in expected.items():
+        if array is not None and jnp.shape(array) != shape:
+            raise ValueError(f"{name} must have shape {shape}; got {jnp.shape(array)}.")
+    if state is not None and state.dtype != jnp.float32:
+        raise ValueError(f"state_BNHH must be float32; got {state.dtype}.")
