@@ -1,5 +1,8 @@
 """Errors that a user can act on."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A mistake in the input, told as a sentence: what is wrong, the rule, one way out.
@@ -12,3 +15,9 @@ class UserError(Exception):
     def __init__(self, what: str, rule: str = "", fix: str = ""):
         self.what, self.rule, self.fix = what, rule, fix
         super().__init__(" ".join(part for part in (what, rule, fix) if part))
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Returns "Did you mean 'x'?" for the closest of `names`, or an empty string."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"Did you mean '{close[0]}'?" if close else ""

@@ -8,7 +8,7 @@ from typing import Any
 from absl import flags
 
 from mmx.cli import settings as rules
-from mmx.errors import UserError
+from mmx.errors import UserError, nearest
 
 GIN_FLAGS = {
     "gin_file": "Read settings from this gin file; may be repeated, later ones win.",
@@ -57,7 +57,7 @@ def parse(verb: str, settings_cls: type, argv: list[str]) -> Arguments:
         rest = values([verb, *argv])[1:]
     except flags.UnrecognizedFlagError as error:
         raise UserError(f"mmx {verb} has no flag '--{error.flagname}'.",
-                        rules.nearest(error.flagname, names), see) from None
+                        nearest(error.flagname, names), see) from None
     except flags.Error as error:
         raise UserError(_sentence(settings_cls, str(error)), "", see) from None
     if rest:

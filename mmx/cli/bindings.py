@@ -10,8 +10,7 @@ from typing import Any
 import gin
 
 import mmx
-from mmx.cli import settings as rules
-from mmx.errors import UserError
+from mmx.errors import UserError, nearest
 
 PACKAGE_DIR = Path(mmx.__file__).parent
 CONFIG_DIR = PACKAGE_DIR / "configs"
@@ -78,14 +77,14 @@ def _sentence(message: str) -> UserError:
     where = f" ({place[1] or 'binding'}, line {place[2]})" if place else ""
     if found := re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", message):
         return UserError(f"gin knows no name '{found[1]}'{where}.", "",
-                         rules.nearest(found[1], _classes)
+                         nearest(found[1], _classes)
                          or f"Names are {', '.join(sorted(_classes))}.")
     if found := re.search(r"Configurable '([\w./]+)' doesn't have a parameter named '(\w+)'",
                           message):
         cls = _classes.get(found[1].rpartition(".")[2])
         names = [field.name for field in dataclasses.fields(cls)] if cls else []
         return UserError(f"gin name '{found[1]}' has no parameter '{found[2]}'{where}.", "",
-                         rules.nearest(found[2], names) or f"It has {', '.join(names)}.")
+                         nearest(found[2], names) or f"It has {', '.join(names)}.")
     if "macro() missing" in message:
         scope = re.search(r"in scope '(\w+)'", message)
         return UserError(f"The gin macro %{scope[1] if scope else '?'} has no value.",

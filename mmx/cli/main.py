@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mmx
-from mmx.errors import UserError
+from mmx.errors import UserError, nearest
 
 # Verb → module of mmx.cli and its line in the help. A module holds
 #   Settings      frozen dataclass: each field is a flag and a gin parameter `VERB.field`
@@ -111,8 +111,6 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     verb = argv[0]
     if verb not in VERBS:
-        from mmx.cli.settings import nearest
-
         raise UserError(f"mmx has no verb '{verb}'.", f"Verbs are {', '.join(VERBS)}.",
                         nearest(verb, VERBS) or "'mmx --help' tells what each does.")
     module = verb_module(verb)

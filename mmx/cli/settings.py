@@ -1,14 +1,12 @@
 """Settings of a verb: a frozen dataclass whose fields are its flags, its gin names and its rules."""
 
 import dataclasses
-import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable
 from typing import Any
 
-from mmx.errors import UserError
+from mmx.errors import UserError, nearest
 
 KIND = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
@@ -51,12 +49,6 @@ def field_type(cls: type, name: str) -> FieldType | None:
     if typing.get_origin(hint) is tuple:
         many, hint = True, typing.get_args(hint)[0]
     return FieldType(hint, many, optional) if hint in (bool, int, float, str) else None
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Returns " Did you mean 'x'?" for the closest of `names`, or an empty string."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-    return f"Did you mean '{close[0]}'?" if close else ""
 
 
 def parse_size(text: str) -> int:
