@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from mmx.config import ModelConfig
 from mmx.errors import UserError
+from mmx.quant import contracted_axes
 
 ORIGINAL = "original"
 TRANSFORMERS = "transformers"
@@ -29,15 +30,14 @@ class Kind:
 
     axes: str
     original: tuple[tuple[str, str, Mapping[str, int]], ...]
-    contracted: str = ""
     transformers: tuple[tuple[str, str, Mapping[str, int]], ...] = ()
 
     def tensors(self, layout: str):
         return self.transformers or self.original if layout == TRANSFORMERS else self.original
 
 
-def _plain(axes: str, name: str, file_axes: str | None = None, contracted: str = "") -> Kind:
-    return Kind(axes, ((name, file_axes or " ".join(axes), {}),), contracted)
+def _plain(axes: str, name: str, file_axes: str | None = None) -> Kind:
+    return Kind(axes, ((name, file_axes or " ".join(axes), {}),))
 
 
 _EXPERT = "block_sparse_moe.experts.{E}."
@@ -47,26 +47,26 @@ KINDS = {
     "head/weight": _plain("VD", "lm_head.weight"),
 }
 LIGHTNING_KINDS = {
-    "attn/qkv": _plain("DNtH", "self_attn.qkv_proj.weight", "NtH D", "D"),
-    "attn/gate": _plain("DNH", "self_attn.output_gate.weight", "NH D", "D"),
+    "attn/qkv": _plain("DNtH", "self_attn.qkv_proj.weight", "NtH D"),
+    "attn/gate": _plain("DNH", "self_attn.output_gate.weight", "NH D"),
     "attn/norm/weight": _plain("NH", "self_attn.norm.weight", "NH"),
-    "attn/out": _plain("NHD", "self_attn.out_proj.weight", "D NH", "NH"),
+    "attn/out": _plain("NHD", "self_attn.out_proj.weight", "D NH"),
 }
 SOFTMAX_KINDS = {
-    "attn/q": _plain("DNH", "self_attn.q_proj.weight", "NH D", "D"),
-    "attn/k": _plain("DKH", "self_attn.k_proj.weight", "KH D", "D"),
-    "attn/v": _plain("DKH", "self_attn.v_proj.weight", "KH D", "D"),
-    "attn/out": _plain("NHD", "self_attn.o_proj.weight", "D NH", "NH"),
+    "attn/q": _plain("DNH", "self_attn.q_proj.weight", "NH D"),
+    "attn/k": _plain("DKH", "self_attn.k_proj.weight", "KH D"),
+    "attn/v": _plain("DKH", "self_attn.v_proj.weight", "KH D"),
+    "attn/out": _plain("NHD", "self_attn.o_proj.weight", "D NH"),
 }
 BLOCK_KINDS = {
     "attn_norm/weight": _plain("D", "input_layernorm.weight"),
     "mlp_norm/weight": _plain("D", "post_attention_layernorm.weight"),
     "moe/router": Kind("DE", (("block_sparse_moe.gate.weight", "E D", {}),),
-                       transformers=(("mlp.gate.weight", "E D", {}),)),
+                       (("mlp.gate.weight", "E D", {}),)),
     "moe/gate_up": Kind("EDcF", ((_EXPERT + "w1.weight", "F D", {"c": 0}),
-                                 (_EXPERT + "w3.weight", "F D", {"c": 1})), "D",
+                                 (_EXPERT + "w3.weight", "F D", {"c": 1})),
                         (("mlp.experts.gate_up_proj", "E cF D", {}),)),
-    "moe/down": Kind("EFD", ((_EXPERT + "w2.weight", "D F", {}),), "F",
+    "moe/down": Kind("EFD", ((_EXPERT + "w2.weight", "D F", {}),),
                      (("mlp.experts.down_proj", "E D F", {}),)),
 }
 _ATTENTION_KINDS = {"lightning": LIGHTNING_KINDS, "softmax": SOFTMAX_KINDS}
@@ -143,6 +143,8 @@ def entry_groups(config: ModelConfig) -> list[dict[str, list[Entry]]]:
 
 
 def _group(path, kind: Kind, sizes, repeat=None, layer=None) -> dict[str, list[Entry]]:
+    param_axes = ("" if layer is None else "R") + kind.axes
+    contracted = "".join(param_axes[i] for i in contracted_axes(path))
     group = {}
     for layout in LAYOUTS:
         group[layout] = []
@@ -158,27 +160,9 @@ def _group(path, kind: Kind, sizes, repeat=None, layer=None) -> dict[str, list[E
                 group[layout].append(Entry(
                     name=name, axes=axes, path=path, at=at, layer=layer,
                     shape=tuple(math.prod(sizes[a] for a in part) for part in file_axes.split()),
-                    view=tuple(sizes[a] for a in axes), contracted=kind.contracted,
-                    param_axes=("" if layer is None else "R") + kind.axes))
+                    view=tuple(sizes[a] for a in axes), param_axes=param_axes,
+                    contracted=contracted))
     return group
-
-
-def kind_of(path: str) -> Kind:
-    """The description of the parameter at `path`."""
-    if path in KINDS:
-        return KINDS[path]
-    suffix = path.split("/", 3)[3]
-    for kinds in (BLOCK_KINDS, LIGHTNING_KINDS, SOFTMAX_KINDS):
-        if suffix in kinds:
-            return kinds[suffix]
-    raise KeyError(path)
-
-
-def contracted_axes(path: str) -> tuple[int, ...]:
-    """Axes of the parameter at `path` that its product sums over; empty: never quantised."""
-    kind = kind_of(path)
-    first = 0 if path in KINDS else 1
-    return tuple(first + i for i, axis in enumerate(kind.axes) if axis in kind.contracted)
 
 
 def canonical(name: str) -> str:
