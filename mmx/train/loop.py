@@ -30,6 +30,7 @@ FINISHED, OUT_OF_TIME, TERMINATED = "finished", "out of time", "terminated"
 # Steps queued on the device before the host waits: enough to hide it, few enough that a
 # non-finite loss is seen within two steps.
 _IN_FLIGHT = 2
+_EVAL_SEED = 1 << 20  # generated samples of evaluations are none of training's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +121,8 @@ class _Run:
         config = self.config
         return pipeline.prepare(
             sources, config.tokenizer, self.tokenizer, min(self.tokenizer.eos_ids),
-            config.cache or self.run / "tokens", seq_len, config.seed, shuffle, progress)
+            config.cache or self.run / "tokens", seq_len,
+            config.seed + (0 if shuffle else _EVAL_SEED), shuffle, progress)
 
     def identity(self) -> dict:
         """What must not change between the parts of one run."""
@@ -129,8 +131,7 @@ class _Run:
             "model": json.loads(json.dumps(dataclasses.asdict(self.model_config))),
             "data": [[source.kind, source.weight, source.loss_weight, Path(cache).name]
                      for source, cache in zip(config.sources, self.plan.caches, strict=True)],
-            "seq_len": config.seq_len, "seed": config.seed, "steps": config.steps,
-            "optimizer": dataclasses.asdict(config.optimizer),
+            "seq_len": config.seq_len, "seed": config.seed,
         }
 
     def initial_state(self):
@@ -288,20 +289,31 @@ class _Run:
             self.reporter.write(record)
 
     def _evaluate_set(self, each: EvalConfig, plan, params) -> dict:
-        rows_at_once = min(each.batch or self.config.batch // self.config.accumulate, each.rows)
-        devices = self.mesh.devices.size
-        rows_at_once = max(rows_at_once // devices, 1) * devices
+        rows, rows_at_once = self._eval_rows(each, plan)
         batches = pipeline.batches(plan, 0, rows_at_once, process=jax.process_index(),
                                    processes=jax.process_count(), ahead=1)
         sums = {"nll": 0.0, "targets": 0.0, "right": 0.0}
         with contextlib.closing(batches):
-            for _ in range(-(-each.rows // rows_at_once)):
+            for _ in range(rows // rows_at_once):
                 got = self.evaluate_batch(params, steps.put_batch(self.mesh, next(batches)))
                 for name in sums:
                     sums[name] += float(got[name])
         cache = open_cache(plan.caches[0])
         per_byte = cache.tokens_per_byte if each.kind == pipeline.TEXT else math.nan
         return rates(each.name, sums["nll"], max(sums["targets"], 1.0), sums["right"], per_byte)
+
+    def _eval_rows(self, each: EvalConfig, plan) -> tuple[int, int]:
+        """Rows to score, none twice, and rows at once: a divisor that splits over the devices."""
+        devices = self.mesh.devices.size
+        rows = each.rows
+        if each.kind == pipeline.TEXT:
+            rows = min(rows, max(1, open_cache(plan.caches[0]).num_tokens // plan.seq_len))
+        rows = max(rows // devices, 1) * devices
+        most = min(each.batch or self.config.batch // self.config.accumulate, rows)
+        at_once = max(most // devices, 1) * devices
+        while rows % at_once:
+            at_once -= devices
+        return rows, at_once
 
     def _save(self, step: int, state, rows: int) -> None:
         began = time.monotonic()
