@@ -1,0 +1,52 @@
+"""How much memory there is for caches."""
+
+import os
+from pathlib import Path
+
+import jax
+
+
+def available_bytes() -> int:
+    """Returns free bytes over the local devices, or of the host when the device is a CPU.
+
+    On a host the smaller of what the system and the control group (a container's limit) leave.
+    """
+    free = 0
+    for device in jax.local_devices():
+        stats = device.memory_stats() if device.platform != "cpu" else None
+        if not stats or "bytes_limit" not in stats:
+            return host_bytes()
+        free += stats["bytes_limit"] - stats["bytes_in_use"]
+    return free
+
+
+def host_bytes() -> int:
+    """Returns bytes that a process may still allocate on this host."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):  # counts page cache that can be dropped, too
+            free = int(line.split()[1]) * 1024
+    limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
+    if limit.strip().isdigit() and used.strip().isdigit():
+        dropped = sum(int(line.split()[1])
+                      for line in _read("/sys/fs/cgroup/memory.stat").splitlines()
+                      if line.startswith("inactive_file "))
+        free = min(free, int(limit) - int(used) + dropped)
+    return max(free, 0)
+
+
+def human(count: int) -> str:
+    """Returns bytes as text with three digits, for example "1.25 GB"."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,176 @@
+"""The engine's programs: jitted pure functions over cache, tokens and sampling state.
+
+Model and sampler are separate programs, so that a row's logits do not depend on which sampler its
+batch needs, and sampling settings multiply no model program.
+"""
+
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmx import cache as caches
+from mmx import model
+from mmx.cache import Cache
+from mmx.config import ModelConfig
+from mmx.engine import sampling
+
+Key = tuple  # (program, batch or chunk, capacity)
+
+
+def find_forbidden(params) -> np.ndarray:
+    """Returns bool [V]: ids whose head rows are all zero.
+
+    Such a row's logit is exactly 0, which beats negative logits although the id was never
+    trained; released checkpoints have dozens of them.
+    """
+    @jax.jit
+    def zero_rows(head):
+        leaves = [leaf for leaf in jax.tree.leaves(head) if jnp.ndim(leaf) == 2]
+        rows = leaves[0].shape[0]
+        # An int8 row is zero if its integers are or its scale is.
+        zero = jnp.zeros(rows, bool)
+        for leaf in leaves:
+            if leaf.shape[0] == rows:
+                zero |= jnp.all(leaf == 0, axis=1)
+        return zero
+
+    return np.array(zero_rows(params["head/weight"]))
+
+
+class Steps:
+    """Programs of one engine. `count` is how many were traced (each is compiled once)."""
+
+    def __init__(self, config: ModelConfig, params, slots: int, kv_dtype: str, sharding=None):
+        self.config, self.params, self.slots, self.kv_dtype = config, params, slots, kv_dtype
+        self.sharding = sharding  # of everything but the parameters; None on a single device
+        self.count = 0
+        self._lock = threading.Lock()
+        self._compiling: dict[Key, Future] = {}
+        self._used: set[Key] = set()
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="compile")
+
+        def program(function, donate=(), static=()):
+            def counted(*args):
+                with self._lock:
+                    self.count += 1
+                return function(*args)
+            kwargs = {} if sharding is None else {"out_shardings": sharding}
+            return jax.jit(counted, donate_argnums=donate, static_argnums=static, **kwargs)
+
+        def decode(params, cache, ids_B, active_B):
+            return model.step(config, params, cache, ids_B[:, None], active_B)
+
+        def admit(cache, ids_B, one, id_1, slot):
+            ids_B = jax.lax.dynamic_update_slice_in_dim(ids_B, id_1, slot, axis=0)
+            return caches.write_slot(cache, slot, one), ids_B
+
+        self._prefill = program(partial(model.step, config), donate=(1,))
+        self._decode = program(decode, donate=(1,))
+        self._admit = program(admit, donate=(0,))
+        self._insert = program(sampling.insert_row, donate=(0,))
+        self._init = program(partial(_init, config, kv_dtype), static=(0, 1))
+        self._reset = program(_reset, donate=(0,))
+        self._grow = program(caches.grow, static=(1,))
+        self._greedy = program(sampling.greedy)
+        self._sample = program(sampling.sample, donate=(2,))
+
+    def init(self, batch: int, capacity: int) -> Cache:
+        return self._init(batch, capacity)
+
+    def reset(self, cache: Cache) -> Cache:
+        """Forgets all rows; keys and values are left to be overwritten."""
+        return self._reset(cache)
+
+    def grow(self, cache: Cache, capacity: int) -> Cache:
+        return self._grow(cache, capacity)
+
+    def prefill(self, cache: Cache, ids_1T, length_1):
+        self._wait(("prefill", ids_1T.shape[1], cache.capacity))
+        return self._prefill(self.params, cache, ids_1T, length_1)
+
+    def decode(self, cache: Cache, ids_B, active_B):
+        self._wait(("decode", self.slots, cache.capacity))
+        return self._decode(self.params, cache, ids_B, active_B)
+
+    def admit(self, cache: Cache, ids_B, one: Cache, id_1, slot: int):
+        self._wait(("admit", self.slots, cache.capacity))
+        return self._admit(cache, ids_B, one, id_1, np.int32(slot))
+
+    def insert(self, state, row, slot: int):
+        return self._insert(state, row, np.int32(slot))
+
+    def greedy(self, logits_BV, forbidden_V):
+        return self._greedy(logits_BV, forbidden_V)
+
+    def sample(self, logits_BV, forbidden_V, state, active_B):
+        self._wait(("sample", logits_BV.shape[0], None))
+        return self._sample(logits_BV, forbidden_V, state, active_B)
+
+    def used(self, key: Key) -> bool:
+        """True once the program has been called."""
+        return key in self._used
+
+    def compile(self, keys: Iterable[Key]) -> list[Future]:
+        """Starts compiling the named programs in the background; a call waits for its own."""
+        for key in keys:
+            if key not in self._compiling and key not in self._used:
+                self._compiling[key] = self._pool.submit(self._compile, key)
+        return [self._compiling[key] for key in keys if key in self._compiling]
+
+    def _wait(self, key: Key):
+        if key not in self._used:
+            self._used.add(key)
+            if key in self._compiling:
+                self._compiling[key].result()
+
+    def _compile(self, key: Key):
+        """Lowers from shapes alone; the jitted function finds the result in jax's own caches."""
+        name, size, capacity = key
+        spec = partial(jax.tree.map, self._abstract)
+        vocab = self.config.vocab_size
+
+        def cache(batch):
+            return spec(caches.cache_shapes(self.config, batch, capacity, self.kv_dtype))
+
+        def vector(n, dtype=jnp.int32):
+            return self._abstract(jax.ShapeDtypeStruct((n,), dtype))
+
+        def host(*shape):
+            return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+        if name == "prefill":
+            lowered = self._prefill.lower(self.params, cache(1), host(1, size), host(1))
+        elif name == "decode":
+            lowered = self._decode.lower(self.params, cache(size), vector(size), vector(size))
+        elif name == "admit":
+            lowered = self._admit.lower(
+                cache(size), vector(size), cache(1), vector(1), host())
+        elif name == "sample":
+            logits = self._abstract(jax.ShapeDtypeStruct((size, vocab), jnp.float32))
+            state = spec(jax.eval_shape(lambda: sampling.empty_state(size, vocab)))
+            lowered = self._sample.lower(logits, vector(vocab, jnp.bool_), state, vector(size))
+        else:
+            raise ValueError(f"There is no program '{name}'.")
+        lowered.compile()
+
+    def _abstract(self, leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharding)
+
+
+def _init(config, kv_dtype, batch, capacity):
+    return caches.init_cache(config, batch, capacity, kv_dtype)
+
+
+def _reset(cache: Cache) -> Cache:
+    def clear(memory):
+        if "state" in memory:
+            return {"state": jnp.zeros_like(memory["state"])}
+        return memory
+
+    stacks = tuple(tuple(clear(memory) for memory in stack) for stack in cache.stacks)
+    return Cache(stacks, jnp.zeros_like(cache.lengths_B))

@@ -1,0 +1,68 @@
+"""One tiny model and its engines, shared by the tests of this folder."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from mmx import model
+from mmx.config import ModelConfig, deepnorm_alpha, hybrid_pattern
+from mmx.engine.engine import Engine
+
+FORBIDDEN = (0, 7, 90)
+EOS = 5
+
+
+def tiny_config(layer_types) -> ModelConfig:
+    alpha = deepnorm_alpha(len(layer_types))
+    return ModelConfig(
+        vocab_size=96, hidden_size=32, layer_types=layer_types, num_heads=4, num_kv_heads=2,
+        head_dim=8, rotary_dim=4, rope_theta=1e4, num_experts=4, experts_per_token=2,
+        expert_dim=16, lightning_alpha=alpha, softmax_alpha=alpha, mlp_alpha=alpha, postnorm=True,
+        eos_token_ids=(EOS,))
+
+
+@functools.cache
+def tiny_model(layer_types=hybrid_pattern(8)):
+    """(config, float32 params); three head rows are zero, and the rest are far from ties."""
+    config = tiny_config(layer_types)
+    params = dict(model.init_params(config, jax.random.key(11)))
+    head = np.array(params["head/weight"]) * 4
+    head[list(FORBIDDEN)] = 0
+    params["head/weight"] = jax.numpy.asarray(head)
+    return config, params
+
+
+class Alphabet:
+    """A tokenizer whose ids 32 … 95 are ASCII characters, and 10 … 13 the bytes of one emoji."""
+
+    vocab_size = 96
+    eos_ids = (EOS,)
+    special_ids = frozenset({EOS})
+    emoji = "🙂".encode()
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(char) for char in text]
+
+    def token_bytes(self, token: int) -> bytes:
+        if 10 <= token < 14:
+            return self.emoji[token - 10:token - 9]
+        return bytes([token]) if 32 <= token < 96 else b""
+
+    def decode(self, ids) -> str:
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def engine_of(tiny):
+    """Engines by number of slots; capacity 128, chunks of 16."""
+    @functools.cache
+    def make(slots: int) -> Engine:
+        return Engine(*tiny, Alphabet(), slots=slots, capacity=128, prefill_chunk=16)
+    return make
