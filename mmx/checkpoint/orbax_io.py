@@ -1,0 +1,223 @@
+"""Orbax checkpoints: any tree of arrays, JSON beside it, atomic, restored onto any sharding.
+
+A checkpoint is a directory with `extra.json`, `mmx_config.json` when a model's config was given,
+and `arrays/` written by orbax: leaves under `params` apart from the rest, so that a model is
+loaded from a training checkpoint without the optimiser's state.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint.experimental.v1 as ocp
+from jax.sharding import SingleDeviceSharding
+
+from mmx.checkpoint.locate import ORBAX_CONFIG, read_json
+from mmx.config import ModelConfig
+from mmx.errors import UserError
+from mmx.quant import abstract_params, contracted_axes, quantize
+from pallas_kernels.quantized import QuantizedTensor, dequantize
+
+_ARRAYS, _EXTRA = "arrays", "extra.json"
+_PARAMS, _REST = "params", "rest"
+_SEP = "|"  # paths of parameters hold slashes
+
+
+def save(directory: str | Path, tree: Any, extra: Mapping | None = None,
+         config: ModelConfig | None = None) -> None:
+    """Writes `tree` and the JSON `extra` to `directory`, replacing what is there, all or nothing.
+
+    Every process of a job calls it with the same arguments on a file system they share. With
+    `config` and a "params" entry in the tree the directory can be loaded as a model.
+    """
+    directory = Path(directory).absolute()
+    beside = directory.with_name(f".{directory.name}.tmp")
+    if jax.process_index() == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    _barrier(f"begin {directory}")
+    groups: dict[str, dict[str, Any]] = {}
+    for key, leaf in _flatten(tree).items():
+        groups.setdefault(_group(key), {})[key] = jnp.asarray(leaf)
+    ocp.save_checkpointables(beside / _ARRAYS, groups)
+    if jax.process_index() == 0:
+        _write_json(beside / _EXTRA, dict(extra or {}))
+        if config is not None:
+            _write_json(beside / ORBAX_CONFIG, config.to_hf())
+        old = directory.with_name(f".{directory.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if directory.exists():
+            os.rename(directory, old)
+        os.rename(beside, directory)
+        shutil.rmtree(old, ignore_errors=True)
+    _barrier(f"end {directory}")
+
+
+def restore(directory: str | Path, abstract_tree: Any) -> tuple[Any, dict]:
+    """Returns (tree, extra) as saved, with the structure, dtypes and shardings asked for.
+
+    Leaves of `abstract_tree` have shape, dtype and maybe a sharding (the default device
+    otherwise). Raises UserError naming every leaf that is missing, unknown or of another shape.
+    """
+    directory = Path(directory).absolute()
+    extra = read_json(directory / _EXTRA)
+    wanted = _flatten(abstract_tree)
+    found = _shapes(directory)
+    _compare(directory, {key: tuple(leaf.shape) for key, leaf in wanted.items()}, found)
+    flat = _load(directory, wanted)
+    leaves = [flat[key] for key in wanted]
+    return jax.tree.unflatten(jax.tree.structure(abstract_tree), leaves), extra
+
+
+def latest_step(root: str | Path) -> int | None:
+    """The highest number that names a whole checkpoint under `root`, or None."""
+    return max(_steps(Path(root)), default=None)
+
+
+def keep_last(root: str | Path, count: int) -> None:
+    """Deletes all but the `count` newest numbered checkpoints under `root` (process 0 does)."""
+    if jax.process_index() == 0:
+        for step in sorted(_steps(Path(root)))[:-count or None]:
+            shutil.rmtree(Path(root) / str(step), ignore_errors=True)
+
+
+def save_model(directory: str | Path, config: ModelConfig, params: Mapping) -> None:
+    """Saves parameters as they are, int8 leaves included, with their config; see `save`."""
+    save(directory, {_PARAMS: dict(params)}, config=config)
+
+
+def load_model(directory: Path, config: ModelConfig, *, dtype="bfloat16",
+               quantize: str | None = None, shardings: Mapping | None = None) -> dict:
+    """Returns the parameters of a checkpoint that was saved with a config.
+
+    Parameters saved in int8 stay so; with `quantize`, the others that the rules name follow, one
+    by one.
+    """
+    directory = Path(directory).absolute()
+    found = {key: shape for key, shape in _shapes(directory).items() if _group(key) == _PARAMS}
+    full, int8 = abstract_params(config, dtype), abstract_params(config, dtype, "int8")
+    tree = {path: int8[path] if f"{_PARAMS}{_SEP}{path}{_SEP}values" in found else spec
+            for path, spec in full.items()}
+    tree = {path: _with_sharding(path, spec, (shardings or {}).get(path))
+            for path, spec in tree.items()}
+    wanted = _flatten({_PARAMS: tree})
+    _compare(directory, {key: tuple(leaf.shape) for key, leaf in wanted.items()}, found)
+    result = {}
+    if quantize is None:
+        flat = _load(directory, wanted)
+        params = jax.tree.unflatten(jax.tree.structure(tree), [flat[key] for key in wanted])
+        return {path: params[path] for path in full}
+    for path, spec in tree.items():
+        part = _flatten({_PARAMS: {path: spec}})
+        flat = _load(directory, part)
+        value = jax.tree.unflatten(jax.tree.structure(spec), [flat[key] for key in part])
+        result[path] = _quantized(path, value)
+    return result
+
+
+def _quantized(path: str, value):
+    axes = contracted_axes(path)
+    return quantize(value, axes) if axes and not isinstance(value, QuantizedTensor) else value
+
+
+def _with_sharding(path: str, spec, sharding):
+    from mmx.checkpoint.hf_import import scale_sharding_of
+
+    if not isinstance(spec, QuantizedTensor):
+        if isinstance(sharding, QuantizedTensor):
+            sharding = sharding.values
+        return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+    if sharding is None:
+        return spec
+    if not isinstance(sharding, QuantizedTensor):
+        sharding = QuantizedTensor(
+            sharding, scale_sharding_of(sharding, spec.shape, contracted_axes(path)))
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        spec, sharding)
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """Leaves by a name made of their way through the tree, in the tree's own order."""
+    return {jax.tree_util.keystr(path, simple=True, separator=_SEP): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _group(key: str) -> str:
+    return _PARAMS if key.split(_SEP)[0] == _PARAMS else _REST
+
+
+def _shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    arrays = directory / _ARRAYS
+    if not arrays.is_dir():
+        raise UserError(f"{directory} is not a checkpoint.", f"One has {_ARRAYS}/ and {_EXTRA}.",
+                        "Check the path.")
+    try:
+        groups = ocp.checkpointables_metadata(arrays).metadata
+    except Exception as error:  # orbax and tensorstore raise unrelated types
+        raise _broken(directory, error) from error
+    return {key: tuple(leaf.shape) for name in (_PARAMS, _REST)
+            for key, leaf in (groups.get(name) or {}).items()}
+
+
+def _compare(directory: Path, wanted: Mapping, found: Mapping):
+    lines = [f"missing: {key}" for key in wanted if key not in found]
+    lines += [f"unknown: {key}" for key in found if key not in wanted]
+    lines += [f"wrong shape: {key} is {list(found[key])}, {list(wanted[key])} is needed"
+              for key in wanted if key in found and found[key] != wanted[key]]
+    if lines:
+        more = [f"… and {len(lines) - 20} more"] if len(lines) > 20 else []
+        raise UserError(f"The checkpoint {directory} holds another tree than is to be restored.\n"
+                        + "\n".join(f"  {line}" for line in lines[:20] + more),
+                        "\nIt is restored whole, by name and shape.",
+                        "Use the settings that it was saved with.")
+
+
+def _load(directory: Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    groups: dict[str, dict[str, Any]] = {}
+    for key, leaf in wanted.items():
+        groups.setdefault(_group(key), {})[key] = jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    try:
+        with context:
+            loaded = ocp.load_checkpointables(directory / _ARRAYS, groups)
+    except Exception as error:  # orbax and tensorstore raise unrelated types
+        raise _broken(directory, error) from error
+    return {key: leaf for group in loaded.values() for key, leaf in group.items()}
+
+
+def _broken(directory: Path, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [repr(error)])[0]
+    return UserError(f"The checkpoint {directory} cannot be read: {reason[:300]}",
+                     "Its files must be whole and of this orbax version.",
+                     "Use another checkpoint of the same run.")
+
+
+def _steps(root: Path) -> list[int]:
+    if not root.is_dir():
+        return []
+    return [int(path.name) for path in root.iterdir()
+            if path.name.isdigit() and (path / _EXTRA).exists()]
+
+
+def _write_json(path: Path, content: Mapping):
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _barrier(name: str):
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
