@@ -174,6 +174,12 @@ def canonical(name: str) -> str:
     return name.replace(".mlp.", ".block_sparse_moe.", 1)
 
 
+def layer_of(name: str) -> int | None:
+    """Global layer index in a published name, None where it belongs to no layer."""
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return None if found is None or VISION.search(name) else int(found[1])
+
+
 @dataclasses.dataclass
 class Match:
     """Tensors of a checkpoint put beside those that a model needs.

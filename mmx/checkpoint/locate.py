@@ -3,6 +3,7 @@
 import importlib.resources
 import json
 import re
+import shutil
 from pathlib import Path
 
 from mmx.config import ModelConfig, preset_names
@@ -11,11 +12,12 @@ from mmx.errors import UserError
 EMBEDDED = "nano"
 HF_CONFIG = "config.json"
 ORBAX_CONFIG = "mmx_config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+                   "chat_template.json", "tokenizer.model", "spiece.model")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json",
-              "generation_config.json", "tokenizer.json", "tokenizer_config.json", "*.model",
-              "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-              "chat_template.*"]
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", HF_CONFIG, "generation_config.json",
+              *TOKENIZER_FILES]
 _HUB_TEXT_FILES = [pattern for pattern in _HUB_FILES if pattern != "*.safetensors"]
 
 
@@ -41,7 +43,8 @@ def locate(path_or_id: str | Path, weights: bool = True) -> Path:
                             f"Give its directory: {path.parent}.")
     except PermissionError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}).",
-                        "The model directory must be readable.", "Change its permissions.") from error
+                        "The model directory must be readable.", "Change its permissions."
+                        ) from error
     if name in preset_names():
         raise UserError(f"The preset '{name}' has no weights.",
                         "It names a geometry; only 'nano' is shipped with weights.",
@@ -73,6 +76,13 @@ def _fetch(name: str, weights: bool) -> Path:
         raise UserError(f"'{name}' is no directory here, and the hub did not give it: {reason}",
                         "A hub id needs the network, or a copy in the hub's cache.",
                         "Check the spelling, or download it and give the directory.") from error
+
+
+def copy_tokenizer(source: str | Path, target: Path) -> None:
+    """Copies whatever tokenizer files `source` holds."""
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).exists():
+            shutil.copyfile(Path(source) / name, target / name)
 
 
 def read_json(path: Path) -> dict:

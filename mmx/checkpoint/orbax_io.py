@@ -5,8 +5,6 @@ and `arrays/` written by orbax: leaves under `params` apart from the rest, so th
 loaded from a training checkpoint without the optimiser's state.
 """
 
-import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +15,12 @@ import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 from jax.sharding import SingleDeviceSharding
 
-from mmx.checkpoint.locate import ORBAX_CONFIG, read_json
+from mmx.checkpoint import atomic
+from mmx.checkpoint.locate import ORBAX_CONFIG, copy_tokenizer, read_json
 from mmx.config import ModelConfig
 from mmx.errors import UserError
 from mmx.quant import abstract_params, contracted_axes, quantize
-from pallas_kernels.quantized import QuantizedTensor, dequantize
+from pallas_kernels.quantized import QuantizedTensor
 
 _ARRAYS, _EXTRA = "arrays", "extra.json"
 _PARAMS, _REST = "params", "rest"
@@ -29,33 +28,30 @@ _SEP = "|"  # paths of parameters hold slashes
 
 
 def save(directory: str | Path, tree: Any, extra: Mapping | None = None,
-         config: ModelConfig | None = None) -> None:
+         config: ModelConfig | None = None, tokenizer_dir: str | Path | None = None) -> None:
     """Writes `tree` and the JSON `extra` to `directory`, replacing what is there, all or nothing.
 
     Every process of a job calls it with the same arguments on a file system they share. With
-    `config` and a "params" entry in the tree the directory can be loaded as a model.
+    `config` and a "params" entry in the tree the directory can be loaded as a model; the tokenizer
+    files of `tokenizer_dir` are copied into it.
     """
     directory = Path(directory).absolute()
-    beside = directory.with_name(f".{directory.name}.tmp")
+    beside = atomic.beside(directory)
     if jax.process_index() == 0:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    _barrier(f"begin {directory}")
+        atomic.begin(directory)
+    atomic.barrier(f"begin {directory}")
     groups: dict[str, dict[str, Any]] = {}
     for key, leaf in _flatten(tree).items():
         groups.setdefault(_group(key), {})[key] = jnp.asarray(leaf)
     ocp.save_checkpointables(beside / _ARRAYS, groups)
     if jax.process_index() == 0:
-        _write_json(beside / _EXTRA, dict(extra or {}))
+        atomic.write_json(beside / _EXTRA, dict(extra or {}))
         if config is not None:
-            _write_json(beside / ORBAX_CONFIG, config.to_hf())
-        old = directory.with_name(f".{directory.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if directory.exists():
-            os.rename(directory, old)
-        os.rename(beside, directory)
-        shutil.rmtree(old, ignore_errors=True)
-    _barrier(f"end {directory}")
+            atomic.write_json(beside / ORBAX_CONFIG, config.to_hf())
+        if tokenizer_dir is not None:
+            copy_tokenizer(tokenizer_dir, beside)
+        atomic.swap(directory)
+    atomic.barrier(f"end {directory}")
 
 
 def restore(directory: str | Path, abstract_tree: Any) -> tuple[Any, dict]:
@@ -86,9 +82,10 @@ def keep_last(root: str | Path, count: int) -> None:
             shutil.rmtree(Path(root) / str(step), ignore_errors=True)
 
 
-def save_model(directory: str | Path, config: ModelConfig, params: Mapping) -> None:
-    """Saves parameters as they are, int8 leaves included, with their config; see `save`."""
-    save(directory, {_PARAMS: dict(params)}, config=config)
+def save_model(directory: str | Path, config: ModelConfig, params: Mapping,
+               tokenizer_dir: str | Path | None = None) -> None:
+    """Saves parameters as they are, int8 leaves included, with config and tokenizer; see `save`."""
+    save(directory, {_PARAMS: dict(params)}, config=config, tokenizer_dir=tokenizer_dir)
 
 
 def load_model(directory: Path, config: ModelConfig, *, dtype="bfloat16",
@@ -118,6 +115,19 @@ def load_model(directory: Path, config: ModelConfig, *, dtype="bfloat16",
         value = jax.tree.unflatten(jax.tree.structure(spec), [flat[key] for key in part])
         result[path] = _quantized(path, value)
     return result
+
+
+def params_dtype(directory: Path) -> str:
+    """Name of the dtype of the parameters that are not int8."""
+    return {path: kind for path, _, kind in stored_params(directory)}["embed/weight"]
+
+
+def stored_params(directory: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """(path, shape, dtype name) of what is saved under "params"; int8 ones as values and scale."""
+    return [(key.removeprefix(_PARAMS + _SEP).replace(_SEP, "/"), tuple(leaf.shape),
+             str(jnp.dtype(leaf.dtype)))
+            for key, leaf in _metadata(Path(directory).absolute()).items()
+            if _group(key) == _PARAMS]
 
 
 def _quantized(path: str, value):
@@ -153,6 +163,10 @@ def _group(key: str) -> str:
 
 
 def _shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(leaf.shape) for key, leaf in _metadata(directory).items()}
+
+
+def _metadata(directory: Path) -> dict[str, Any]:
     arrays = directory / _ARRAYS
     if not arrays.is_dir():
         raise UserError(f"{directory} is not a checkpoint.", f"One has {_ARRAYS}/ and {_EXTRA}.",
@@ -161,7 +175,7 @@ def _shapes(directory: Path) -> dict[str, tuple[int, ...]]:
         groups = ocp.checkpointables_metadata(arrays).metadata
     except Exception as error:  # orbax and tensorstore raise unrelated types
         raise _broken(directory, error) from error
-    return {key: tuple(leaf.shape) for name in (_PARAMS, _REST)
+    return {key: leaf for name in (_PARAMS, _REST)
             for key, leaf in (groups.get(name) or {}).items()}
 
 
@@ -206,18 +220,3 @@ def _steps(root: Path) -> list[int]:
         return []
     return [int(path.name) for path in root.iterdir()
             if path.name.isdigit() and (path / _EXTRA).exists()]
-
-
-def _write_json(path: Path, content: Mapping):
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _barrier(name: str):
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
