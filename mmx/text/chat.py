@@ -27,7 +27,8 @@ _M1_SYSTEM = "You are a helpful assistant created by Minimax based on MiniMax-M1
 
 _END_TURN = END_SENTENCE + "\n"
 _TEXT01_HEADERS = {"system": "system ai_setting=assistant", "user": "user name=user",
-                   "assistant": "ai name=assistant", "function": "system function_response=functions"}
+                   "assistant": "ai name=assistant",
+                   "function": "system function_response=functions"}
 _M1_HEADERS = {"system": "system ai_setting=MiniMax AI", "user": "user name=user",
                "assistant": "ai name=MiniMax AI", "function": "tool name=tools"}
 _M1_TOOLS = """You are provided with these tools:

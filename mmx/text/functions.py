@@ -53,7 +53,8 @@ def to_json(value: Any, what: str) -> str:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise UserError(f"{what} can not be written as JSON: {error}.",
-                        "Only JSON values can be shown to the model.", "Convert it first.") from None
+                        "Only JSON values can be shown to the model.",
+                        "Convert it first.") from None
 
 
 def tool_definitions(tools: Iterable[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
@@ -76,7 +77,8 @@ def tool_definitions(tools: Iterable[Mapping[str, Any]] | None) -> list[dict[str
                             "\"function\".", "Give it a name.")
         if not isinstance(tool.get("parameters", {}), Mapping):
             raise UserError(f"{what} ({tool['name']}) has parameters that are not an object.",
-                            "Parameters are a JSON Schema object.", "Write {\"type\": \"object\", …}.")
+                            "Parameters are a JSON Schema object.",
+                            "Write {\"type\": \"object\", …}.")
         definitions.append(dict(tool))
     return definitions
 
@@ -240,7 +242,7 @@ def _scan_calls(text: str, pos: int, stop: int) -> tuple[list[FunctionCall], int
 
 
 def _json_calls(text: str) -> list[FunctionCall]:
-    """Returns the calls of JSON objects in `text`; surplus closing braces between them are dropped."""
+    """Returns the calls of the JSON objects in `text`; surplus closing braces are dropped."""
     calls, pos = [], 0
     while (pos := text.find("{", pos)) >= 0:
         try:

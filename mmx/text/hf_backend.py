@@ -30,7 +30,7 @@ O200K_SPLIT = "|".join([
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's one character per byte: printable Latin-1 stands for itself, the rest follow U+00FF."""
+    """GPT-2's character for each byte: printable Latin-1 as it is, the rest from U+0100 on."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {
@@ -145,7 +145,7 @@ def byte_level_bpe(vocab: Mapping[str, int], merges: list[tuple[str, str]],
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    # Tokens are added under the ids that the model's vocabulary holds for them, so it gets them too.
+    # The library gives an added token the id that the BPE vocabulary holds for it.
     ids = {**vocab, **{text: i for i, text in added.items()}}
     if len(set(ids.values())) < len(ids):
         twice = next(i for i, text in added.items() if any(

@@ -105,7 +105,7 @@ def _read_parts(content: Any, what: str, empty_ok: bool) -> tuple[Part, ...]:
             parts.append(Part(item["text"], name=name if isinstance(name, str) else ""))
         else:
             raise UserError(f"{what}.content[{index}] is not an item this model reads.",
-                            "Items are {\"type\": \"text\", \"text\": …} and {\"type\": \"image\"}.",
+                            'An item is {"type": "text", "text": …} or {"type": "image"}.',
                             "Correct or remove it.")
     return tuple(parts)
 

@@ -1,7 +1,7 @@
 """SentencePiece `.model` files."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from mmx.text.detok import KEEP, STRIP_EACH, STRIP_ONE
 
@@ -19,47 +19,59 @@ _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 class SentencePieceBackend:
     """A SentencePiece model, seen through the methods that `Tokenizer` calls.
 
-    declared: texts that `tokenizer_config.json` declares special besides the control pieces.
+    declared: texts that the checkpoint declares special besides the control pieces.
+    added: id -> text of the tokens beyond the model's own pieces.
     """
 
-    def __init__(self, model: bytes, declared: Iterable[str] = ()):
+    def __init__(self, model: bytes, declared: Iterable[str] = (),
+                 added: Mapping[int, str] | None = None):
         from sentencepiece import SentencePieceProcessor
 
         whole = SentencePieceProcessor(model_proto=model)
         visible, untrusted = _without_visible_symbols(model)
-        self._start = SentencePieceProcessor(model_proto=untrusted)
         # Text after a special token gets no space of its own.
-        self._pieces = SentencePieceProcessor(model_proto=untrusted + _NO_DUMMY_PREFIX)
-        prefix = self._start.normalize("a") != self._pieces.normalize("a")
+        inner = SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)
+        self._trusted = self._plain = (whole, inner)  # at the start of a text, and later
+        if visible:
+            self._plain = tuple(SentencePieceProcessor(model_proto=proto)
+                                for proto in (untrusted, untrusted + _NO_DUMMY_PREFIX))
+        self._pieces = whole
+        prefix = whole.normalize("a") != inner.normalize("a")
         squeeze = whole.normalize("a  b") == whole.normalize("a b")
         self.leading_space = STRIP_EACH if squeeze else STRIP_ONE if prefix else KEEP
-        self.size = whole.get_piece_size()
-        known = {whole.id_to_piece(i): i for i in range(self.size)}
+        self._own_size = whole.get_piece_size()
+        known = {whole.id_to_piece(i): i for i in range(self._own_size)}
+        self._added = {i: t for i, t in (added or {}).items() if i >= self._own_size}
+        extra = {t: i for i, t in self._added.items()}
+        self.size = max([self._own_size - 1, *self._added]) + 1
         controls = {t: i for t, i in known.items() if whole.is_control(i)}
+        known |= extra
         self.special = controls | {t: known[t] for t in declared if t in known}
-        self.atomic = self.special | {t: known[t] for t in visible}
+        self.atomic = self.special | {t: known[t] for t in visible} | extra
         self._unknown = whole.unk_id()
         self._unknown_bytes = whole.decode([self._unknown]).encode()
         self._bos, eos = whole.bos_id(), whole.eos_id()
         self.eos_id = eos if eos >= 0 else None
-        ordered = sorted(self.atomic, key=len, reverse=True)
+        # Control pieces and extra tokens are not found by the library itself.
+        ordered = sorted(self.atomic.keys() - set(visible), key=len, reverse=True)
         self._split = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
 
     def encode(self, text: str, allow_special: bool, add_special: bool) -> list[int]:
         ids = [self._bos] if add_special and self._bos >= 0 else []
+        if not allow_special:
+            return ids + self.encode_plain(text, at_start=True)
         end = 0
-        if allow_special:
-            for match in self._split.finditer(text):
-                ids += self.encode_plain(text[end:match.start()], at_start=end == 0)
-                ids.append(self.atomic[match[0]])
-                end = match.end()
-        return ids + self.encode_plain(text[end:], at_start=end == 0)
+        for match in self._split.finditer(text):
+            ids += self._trusted[end > 0].encode(text[end:match.start()])
+            ids.append(self.atomic[match[0]])
+            end = match.end()
+        return ids + self._trusted[end > 0].encode(text[end:])
 
     def encode_batch(self, texts: list[str], allow_special: bool, add_special: bool):
         return [self.encode(text, allow_special, add_special) for text in texts]
 
     def encode_plain(self, text: str, at_start: bool) -> list[int]:
-        return (self._start if at_start else self._pieces).encode(text)
+        return self._plain[not at_start].encode(text)
 
     def token_bytes(self, token_id: int) -> bytes:
         token = self.token_of(token_id)
@@ -67,16 +79,20 @@ class SentencePieceBackend:
             return b""
         if token_id == self._unknown:
             return self._unknown_bytes
+        if token_id in self._added:
+            return token.encode()
         if self._pieces.is_byte(token_id):
             return bytes([int(token[1:-1], 16)])
         return token.replace(SPACE, " ").encode()
 
     def id_of(self, token: str) -> int | None:
-        token_id = self._pieces.piece_to_id(token)
+        token_id = self.atomic.get(token, self._pieces.piece_to_id(token))
         return token_id if self.token_of(token_id) == token else None
 
     def token_of(self, token_id: int) -> str | None:
-        return self._pieces.id_to_piece(token_id) if 0 <= token_id < self.size else None
+        if 0 <= token_id < self._own_size:
+            return self._pieces.id_to_piece(token_id)
+        return self._added.get(token_id)
 
 
 def _without_visible_symbols(model: bytes) -> tuple[list[str], bytes]:

@@ -44,7 +44,7 @@ class StopMatcher:
         self.matched: str | None = None
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Takes the next piece; returns the text that is safe to show and whether a stop was hit."""
+        """Takes a piece; returns the text that is safe to show, and whether a stop was hit."""
         if self.matched is not None:
             return "", True
         text = self._held + text

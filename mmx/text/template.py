@@ -26,9 +26,12 @@ def render_template(template: str, messages: tuple[Message, ...], tools: list[di
     values = [_plain(message, form) for message in messages]
     text = _run(template, values, tools, add_generation_prompt)
     for index, message in enumerate(messages):
-        lost = next((part.text for part in message.parts[:1 if message.role == "function" else None]
-                     if part.text.strip() not in text), None)
-        if lost is not None and message.role != "assistant":  # templates may drop old thoughts
+        if message.role == "function":  # its text may be quoted
+            shown = form.result_role is not None
+        else:  # old replies may lose their thoughts
+            shown = message.role == "assistant" or all(
+                part.text.strip() in text for part in message.parts)
+        if not shown:
             raise UserError(f"The chat template leaves out messages[{index}], "
                             f"of role {message.role!r}.", "Every message must reach the model.",
                             _FIX)
@@ -44,8 +47,8 @@ def render_segments(template: str, messages: tuple[Message, ...], tools: list[di
     runs, so that what the template itself writes can be told apart.
     """
     ordered = sorted(filter(None, markers), key=len, reverse=True)
-    used = {ord(char) for text in _strings([messages, tools]) for char in text if char > "\U000effff"}
     base = 0xF0000
+    used = {ord(char) for text in _strings(messages, tools) for char in text if ord(char) >= base}
     while overlap := [point for point in used if base <= point < base + len(ordered)]:
         base = max(overlap) + 1
         if base + len(ordered) > 0x110000:
@@ -110,8 +113,9 @@ class _Form:
         self.calls = self._shows(template, user, call)
         call = Message("assistant", (Part(""),), calls=(FunctionCall("f"),))
         result = Message("function", (Part(_PROBE),), name="f")
-        if not self._shows(template, user, call, result):
-            self.result_role = "function"
+        for self.result_role in ("tool", "function", None):
+            if self.result_role is None or self._shows(template, user, call, result):
+                break
 
     def _shows(self, template: str, *messages: Message) -> bool:
         try:
@@ -197,14 +201,13 @@ def _map_message(message: Message, change) -> Message:
         change(message.call_id))
 
 
-def _strings(value: Any) -> Iterable[str]:
+def _strings(messages: tuple[Message, ...], tools: list[dict]) -> list[str]:
     found: list[str] = []
 
     def keep(text: str) -> str:
         found.append(text)
         return text
 
-    messages, tools = value
     for message in messages:
         _map_message(message, keep)
     _map_strings(tools, keep)

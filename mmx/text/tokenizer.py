@@ -154,7 +154,7 @@ def _open(file: Path, added: Mapping[int, str], declared: list[str]):
     if file.suffix == ".model":
         from mmx.text.spm_backend import SentencePieceBackend
 
-        return SentencePieceBackend(file.read_bytes(), declared)
+        return SentencePieceBackend(file.read_bytes(), declared, added)
     from mmx.text.hf_backend import HuggingFaceBackend, byte_level_bpe
 
     if file.name == "vocab.json":
@@ -177,7 +177,7 @@ def _merges(file: Path) -> list[tuple[str, str]]:
         raise UserError(f"{file.parent} has vocab.json but no merges.txt.",
                         "A byte-level BPE consists of both.", _FIX)
     merges = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(_read_text(file).split("\n"), 1):
         if not line.strip() or number == 1 and line.startswith("#version"):
             continue
         pair = tuple(line.rstrip("\r").split(" "))
@@ -192,7 +192,8 @@ def _added_tokens(directory: Path, settings: Mapping) -> dict[int, tuple[str, bo
     """Returns id -> (text, is special) of the tokens declared beside the vocabulary."""
     added = {i: (text, True) for text, i in _read_json(directory / "added_tokens.json").items()
              if isinstance(i, int)}
-    for key, token in (settings.get("added_tokens_decoder") or {}).items():
+    declared = settings.get("added_tokens_decoder")
+    for key, token in declared.items() if isinstance(declared, Mapping) else ():
         if isinstance(token, Mapping) and key.isdecimal() and isinstance(token.get("content"), str):
             added[int(key)] = token["content"], bool(token.get("special", False))
     return added
@@ -231,7 +232,7 @@ def _as_ids(value: Any, file: Path) -> list[int]:
 def _chat_template(directory: Path, settings: Mapping) -> str | None:
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return _read_text(file)
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}
@@ -239,12 +240,21 @@ def _chat_template(directory: Path, settings: Mapping) -> str | None:
     return template if isinstance(template, str) else None
 
 
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8: byte {error.start} can not be read.",
+                        "Tokenizer files are UTF-8 text.",
+                        "Copy the file anew from the checkpoint.") from None
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     """Returns the object in `file`, {} if there is no such file."""
     if not file.is_file():
         return {}
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(_read_text(file))
     except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}.", "It must hold one JSON object.",
                         "Copy the file anew from the checkpoint.") from None
