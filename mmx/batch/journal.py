@@ -1,8 +1,9 @@
 """What makes a batch exact: a journal per host, a state file, and the merge into the output.
 
-`OUT.partial-H` holds host H's finished records, one JSON line `{"index": i, "record": {…}}` each, in
-the order they finished. `OUT.state.json` says which input and which settings they belong to. Both
-stand beside the output until process 0 merges the journals, in input order, into OUT.
+`OUT.partial-H` holds host H's finished records in the order they finished, each as one JSON line
+`{"index": i, "record": {…}}`. `OUT.state.json` says which input and settings they belong to.
+Process 0 merges the journals, in input order, into OUT and removes them; the state stays, so that
+the same command again finds the work done.
 """
 
 import fcntl
@@ -10,6 +11,7 @@ import glob
 import json
 import os
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,16 +33,25 @@ def journal_path(output: Path, host: int) -> Path:
 
 def journal_paths(output: Path) -> list[Path]:
     """All hosts' journals, those of an earlier run on more hosts too."""
-    return sorted(map(Path, glob.glob(f"{glob.escape(str(output))}.partial-*")))
+    return _matching(output, ".partial-")
+
+
+def _matching(path: Path, suffix: str) -> list[Path]:
+    return sorted(map(Path, glob.glob(f"{glob.escape(f'{path}{suffix}')}*")))
 
 
 def state_path(output: Path) -> Path:
     return output.with_name(output.name + ".state.json")
 
 
+def _beside(path: str | os.PathLike) -> Path:
+    """A name of its own: hosts of one file system may have equal process ids."""
+    return Path(f"{os.fspath(path)}.tmp-{uuid.uuid4().hex[:12]}")
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a file whole or not at all: beside its name, then renamed."""
-    beside = f"{os.fspath(path)}.tmp-{os.getpid()}"
+    beside = _beside(path)
     with open(beside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -79,9 +90,7 @@ class Journal:
             raise UserError(f"Another process is writing '{path}'.",
                             "One process at a time works on a host's share of a batch.",
                             "Wait for it, or stop it.") from None
-        whole = 0
-        for _, _, whole in entries(path):
-            pass
+        whole = max((end for _, _, end in entries(path)), default=0)
         if whole < self._file.tell():
             self._file.truncate(whole)
         self._unsynced = 0
@@ -122,7 +131,7 @@ def merge(output: Path, indexes: Iterable[int]) -> None:
         for index, start, end in entries(path):
             places.setdefault(index, (path, start, end))
     sources = {}
-    beside = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    beside = _beside(output)
     try:
         with open(beside, "w", encoding="utf-8") as merged:
             for index in indexes:
@@ -178,7 +187,7 @@ def claim(output: Path, state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _create(path: Path, state: Mapping[str, Any]) -> None:
     """Writes the state unless another host did so first; all hosts then read the same one."""
-    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    beside = _beside(path)
     write_text(beside, json.dumps(state, ensure_ascii=False, indent=1) + "\n")
     try:
         os.link(beside, path)
@@ -190,7 +199,15 @@ def _create(path: Path, state: Mapping[str, Any]) -> None:
         beside.unlink(missing_ok=True)
 
 
+def tidy(output: Path) -> None:
+    """Removes the journals of a finished output, and what a killed process left half-written."""
+    for path in [*journal_paths(output), *_matching(output, ".tmp-"),
+                 *_matching(state_path(output), ".tmp-")]:
+        path.unlink(missing_ok=True)
+
+
 def discard(output: Path) -> None:
     """Removes the output with everything that an earlier run left beside it."""
-    for path in [*journal_paths(output), state_path(output), output]:
+    tidy(output)
+    for path in (output, state_path(output)):
         path.unlink(missing_ok=True)

@@ -229,7 +229,7 @@ def _openai_sampling(body: dict, kind: str) -> dict[str, Any]:
         if top is not None and not wanted:
             raise UserError("top_logprobs stands without logprobs.",
                             "It counts the alternatives of logprobs.", 'Add "logprobs": true.')
-        # The engine counts alternatives from 1; with 0 the chosen one alone is shown.
+        # The engine counts alternatives from 1: 0 and "not said" get one.
         wanted = (top or 1) if wanted else None
     if wanted is not None:
         if isinstance(wanted, bool) or not isinstance(wanted, int) or not (
