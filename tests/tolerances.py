@@ -27,8 +27,10 @@ TABLE = {
 }
 
 # Greedy tokens may be compared with another implementation only where its best logit leads the
-# second by this share of the largest logit: ten times what "logits" allows in float32.
-GREEDY_MARGIN = 2e-3
+# second by this share of the largest logit: five times what "logits" allows in float32.
+GREEDY_MARGIN = 1e-3
+# Likewise the last expert chosen must lead the next by this much probability.
+ROUTER_MARGIN = 3e-6
 
 FP32_LOGITS_REL = TABLE["logits"]["float32"][1]
 

@@ -53,6 +53,8 @@ class Reference:
         self.length = 0
         # Per layer: the lightning state [N, H, H], or the rotated keys and the values so far.
         self.states: list = [None] * config.num_layers
+        # Smallest lead in probability of the last chosen expert over the next one, so far.
+        self.router_margin = np.inf
 
     def extend(self, ids) -> np.ndarray:
         x_TD = self.tensors["model.embed_tokens.weight"][np.asarray(ids)]
@@ -122,7 +124,12 @@ class Reference:
     def _experts(self, g_TD, layer):
         c, name = self.config, "block_sparse_moe"
         probs = softmax(g_TD @ self._weight(layer, f"{name}.gate").T)
-        chosen = np.argsort(-probs, axis=-1, kind="stable")[:, :c.experts_per_token]
+        order = np.argsort(-probs, axis=-1, kind="stable")
+        chosen = order[:, :c.experts_per_token]
+        if c.experts_per_token < c.num_experts:
+            last, following = np.take_along_axis(
+                probs, order[:, c.experts_per_token - 1:c.experts_per_token + 1], axis=-1).T
+            self.router_margin = min(self.router_margin, (last - following).min())
         weights = np.take_along_axis(probs, chosen, axis=-1)
         weights /= weights.sum(-1, keepdims=True)
         out = np.zeros_like(g_TD)

@@ -1,0 +1,97 @@
+"""Grouped matrix product: every form against a float64 loop, empty groups and all."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import grouped_matmul
+from pallas_kernels.quantized import QuantizedTensor
+from tests.tolerances import assert_close
+
+M, D, F, E = 300, 24, 40, 5
+SIZES = {
+    "even": (60, 60, 60, 60, 60), "empty groups": (0, 200, 0, 100, 0), "all in one": (0, 0, M, 0, 0),
+    "first and last": (1, 0, 0, 0, 299), "rows left over": (10, 0, 128, 1, 0), "none": (0,) * E,
+    "tile edges": (128, 0, 129, 43, 0)}
+NAMES = ("reference", "ragged_dot", "tiled", None)
+forms = {name: jax.jit(partial(grouped_matmul, implementation=name)) for name in NAMES}
+
+
+def draw(dtype="float32", rows=M):
+    rng = np.random.default_rng(0)
+    return (jnp.asarray(rng.standard_normal((rows, D)), dtype),
+            jnp.asarray(rng.standard_normal((E, D, F)), dtype))
+
+
+def expected(x, w, sizes):
+    x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    out, first = np.zeros((len(x), w.shape[2])), 0
+    for e, size in enumerate(sizes):
+        out[first:first + size] = x[first:first + size] @ w[e]
+        first += size
+    return out
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("form", NAMES, ids=str)
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_every_form(sizes, form, dtype):
+    x, w = draw(dtype)
+    got = forms[form](x, w, jnp.array(sizes))
+    assert got.dtype == x.dtype
+    assert_close(got, expected(x, w, sizes), "kernel", dtype, str(form))
+
+
+@pytest.mark.parametrize("form", NAMES, ids=str)
+def test_few_rows(form):
+    x, w = draw(rows=9)
+    sizes = (2, 0, 0, 7, 0)
+    assert_close(forms[form](x, w, jnp.array(sizes)), expected(x, w, sizes), "kernel", "float32")
+
+
+@partial(jax.jit, static_argnames="form")
+def gradients(x, w, sizes, weight, form):
+    def scalar(x, w):
+        return jnp.vdot(grouped_matmul(x, w, sizes, implementation=form), weight)
+
+    return jax.grad(scalar, argnums=(0, 1))(x, w)
+
+
+@pytest.mark.parametrize("form", ("ragged_dot", "tiled"))
+@pytest.mark.parametrize("name", ("empty groups", "rows left over"))
+def test_gradients_equal_the_reference(form, name):
+    x, w = draw()
+    weight = jnp.asarray(np.random.default_rng(1).standard_normal((M, F)), jnp.float32)
+    sizes = jnp.array(SIZES[name])
+    pairs = zip(gradients(x, w, sizes, weight, form),
+                gradients(x, w, sizes, weight, "reference"), strict=True)
+    for have, want in pairs:
+        assert_close(have, want, "gradient", "float32", form)
+
+
+@pytest.mark.parametrize("form", NAMES, ids=str)
+def test_int8_weights_equal_their_dequantised_product(form):
+    x, w = draw()
+    scale = np.abs(np.asarray(w)).max(axis=1, keepdims=True) / 127
+    values = np.rint(np.asarray(w) / scale).astype(np.int8)
+    quantised = QuantizedTensor(jnp.asarray(values), jnp.asarray(scale, jnp.float32))
+    sizes = SIZES["empty groups"]
+    got = forms[form](x, quantised, jnp.array(sizes))
+    assert_close(got, expected(x, values * scale, sizes), "kernel", "float32", str(form))
+
+
+def test_named_implementation_works_or_raises():
+    x, w = draw()
+    with pytest.raises(ValueError, match=r"no implementation 'megablox'.*ragged_dot, reference"):
+        grouped_matmul(x, w, jnp.array(SIZES["even"]), implementation="megablox")
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    x, w = draw()
+    with pytest.raises(ValueError, match="share D"):
+        grouped_matmul(x[:, :3], w, jnp.array(SIZES["even"]))
+    with pytest.raises(ValueError, match="group_sizes_E must have shape"):
+        grouped_matmul(x, w, jnp.array([1, 2]))
