@@ -1,9 +1,22 @@
-"""Write text after a prompt, or chat: tokens stream to stdout as they come, figures to stderr."""
+"""Write text after a prompt, or chat.
+
+Tokens stream to stdout as they come; speed and memory are told on stderr.
+"""
 
 import dataclasses
+import json
+import sys
+import time
 
 from mmx.cli.settings import setting
-from mmx.cli.shared import ModelSettings, SamplingSettings
+from mmx.cli.shared import (
+    EngineSettings,
+    ModelSettings,
+    SamplingSettings,
+    enable_compilation_cache,
+    sampling_params,
+)
+from mmx.errors import UserError
 
 EXAMPLE = """
 mmx generate --model=nano --prompt="Once upon a time" --max_tokens=100
@@ -13,9 +26,132 @@ mmx generate --model=DIR --chat --system="Answer briefly."
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateSettings(SamplingSettings, ModelSettings):
-    prompt: str | None = setting(None, "The text to continue.", group="Input")
-    temperature: float = setting(0.0, "x")
+class GenerateSettings(EngineSettings, SamplingSettings, ModelSettings):
+    prompt: str | None = setting(
+        None, "The text to go on from. Without it stdin is read; on a terminal, a chat begins.",
+        group="Input")
+    prompt_file: str | None = setting(
+        None, "A file with the text, '-' for stdin. Its last line break is left out.",
+        group="Input", value="FILE")
+    chat: bool = setting(False, "The prompt is a user's message: apply the chat format.",
+                         group="Input")
+    system: str | None = setting(None, "System message of the chat.", group="Input")
+    tools: str | None = setting(
+        None, "A JSON file with the list of functions that the chat offers.", group="Input",
+        value="FILE")
+    json: bool = setting(False, "Write one JSON object at the end instead of streaming text.",
+                         group="Output")
+    output: str | None = setting(
+        None, "Also write what goes to stdout into this file, and the configuration beside it.",
+        group="Output", value="FILE")
 
 
 Settings = GenerateSettings
+
+
+def run(call) -> None:
+    """Answers one prompt, or holds a chat on a terminal."""
+    settings = call.settings
+    prompt = _prompt(settings)
+    tools = _tools(settings)
+    if prompt is None and settings.json:
+        raise UserError("--json has no prompt.", "A chat on a terminal is for people.",
+                        "Add --prompt=TEXT.")
+    enable_compilation_cache(settings.compilation_cache)
+    from mmx.cli.session import Session
+
+    began = time.monotonic()
+    call.announce()
+    session = Session(settings)
+    load_s = time.monotonic() - began
+    if prompt is None:
+        from mmx.cli.chat import hold_chat
+
+        hold_chat(session, settings, tools)
+        return
+    chat = settings.chat or settings.system is not None or tools is not None
+    messages = None
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        if settings.system is not None:
+            messages.insert(0, {"role": "system", "content": settings.system})
+        ids = session.chat_ids(messages, tools)
+    else:
+        ids = session.tokenizer.encode(prompt)
+    stream = _ignore if settings.json else _to_stdout
+    result = session.answer(ids, sampling_params(settings), stream)
+    if settings.json:
+        text = json.dumps({**session.report(result, load_s, chat), "config": call.config},
+                          ensure_ascii=False) + "\n"
+        sys.stdout.write(text)
+    else:
+        text = result.text + "\n"
+        _to_stdout("\n")
+        session.tell(result, load_s)
+    if settings.output:
+        from mmx.batch.journal import write_text
+
+        write_text(settings.output, text)
+        call.save(settings.output + ".config.gin")
+
+
+def _to_stdout(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _ignore(piece: str) -> None:
+    pass
+
+
+def _prompt(settings: GenerateSettings) -> str | None:
+    """The text to answer, or None for a chat on a terminal."""
+    if settings.prompt is not None and settings.prompt_file is not None:
+        raise UserError("--prompt and --prompt_file are both given.", "There is one prompt.",
+                        "Leave one out.")
+    if settings.prompt is not None:
+        text = settings.prompt
+    elif settings.prompt_file not in (None, "-"):
+        text = _read(settings.prompt_file, "prompt file")
+    elif settings.prompt_file is None and sys.stdin.isatty():
+        return None
+    else:
+        text = _decode(sys.stdin.buffer.read(), "standard input")
+    if settings.prompt is None:
+        text = text.removesuffix("\n")
+    if not text:
+        raise UserError("The prompt is empty.", "An answer needs at least one token before it.",
+                        'Write for example --prompt="Once upon a time".')
+    return text
+
+
+def _read(path: str, what: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return _decode(file.read(), f"{what} '{path}'")
+    except OSError as error:
+        raise UserError(f"The {what} '{path}' cannot be read: {error.strerror.lower()}.",
+                        "It is a text file.", "Check the path and its permissions.") from None
+
+
+def _decode(data: bytes, what: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what[0].upper()}{what[1:]} is not UTF-8 (byte {error.start}).",
+                        "Text is read as UTF-8.", "Convert it first.") from None
+
+
+def _tools(settings: GenerateSettings) -> list[dict] | None:
+    if settings.tools is None:
+        return None
+    try:
+        tools = json.loads(_read(settings.tools, "tools file"))
+    except ValueError as error:
+        raise UserError(f"The tools file '{settings.tools}' is not JSON: {error}.",
+                        "It holds a list of function definitions.", "Mend the file.") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"The tools file '{settings.tools}' holds no list of objects.",
+                        "It holds a list of function definitions.",
+                        'Write [{"name": …, "description": …, "parameters": {…}}].')
+    return tools

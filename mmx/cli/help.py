@@ -40,6 +40,8 @@ def verb_page(verb: str, module: ModuleType) -> str:
         entry = _entry(module.Settings, field)
         if entry:
             groups.setdefault(field.metadata.get("group", "Run"), []).append(entry)
+    # What a verb is given and gives comes first; what it shares with others after.
+    groups = {title: groups[title] for title in sorted(groups, key=_rank)}
     groups["Configuration"] = [
         (f"--{name}={'FILE' if name == 'gin_file' else 'BINDING'}", text)
         for name, text in GIN_FLAGS.items()]
@@ -50,12 +52,16 @@ def verb_page(verb: str, module: ModuleType) -> str:
     return "\n".join(lines)
 
 
+def _rank(title: str) -> int:
+    return {"Input": 0, "Output": 1, "Run": 2}.get(title, 3)
+
+
 def _entry(cls: type, field: dataclasses.Field) -> tuple[str, str] | None:
     kind = rules.field_type(cls, field.name)
     if kind is None:
         return None
     choices = field.metadata.get("choices")
-    value = {int: "N", float: "X", str: "TEXT"}.get(kind.kind, "")
+    value = field.metadata.get("value") or {int: "N", float: "X", str: "TEXT"}.get(kind.kind, "")
     if field.metadata.get("size"):
         value = "BYTES"
     if choices:
@@ -64,8 +70,9 @@ def _entry(cls: type, field: dataclasses.Field) -> tuple[str, str] | None:
     text = field.metadata.get("help", "")
     if kind.many:
         text += " May be repeated."
-    if field.default not in (None, (), "", False, dataclasses.MISSING):
-        text += f" [{field.default}]"
+    if kind.kind is not bool and field.default not in (None, (), ""):
+        size = field.metadata.get("size")
+        text += f" [{rules.size_text(field.default) if size else field.default}]"
     return flag, text
 
 

@@ -50,9 +50,9 @@ class Call:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the operative configuration to `path`."""
-        from mmx.obs import files
+        from mmx.batch.journal import write_text
 
-        files.write_text(path, self.config)
+        write_text(path, self.config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,7 +111,7 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     verb = argv[0]
     if verb not in VERBS:
-        raise UserError(f"mmx has no verb '{verb}'.", f"Verbs are {', '.join(VERBS)}.",
+        raise UserError(f"There is no verb '{verb}'.", f"Verbs are {', '.join(VERBS)}.",
                         nearest(verb, VERBS) or "'mmx --help' tells what each does.")
     module = verb_module(verb)
     if any(arg in ("--help", "-h", "--helpfull", "--helpshort") for arg in argv[1:]):

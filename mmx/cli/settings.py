@@ -1,4 +1,4 @@
-"""Settings of a verb: a frozen dataclass whose fields are its flags, its gin names and its rules."""
+"""Settings of a verb: a frozen dataclass; its fields are its flags, gin names and rules."""
 
 import dataclasses
 import re
@@ -14,7 +14,8 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
 
 
 def setting(default: Any, help: str, *, group: str = "Run", low: float | None = None,
-            high: float | None = None, choices: tuple | None = None, size: bool = False):
+            high: float | None = None, choices: tuple | None = None, size: bool = False,
+            value: str = ""):
     """Declares one setting of a verb, for the command line and gin alike.
 
     Args:
@@ -24,9 +25,10 @@ def setting(default: Any, help: str, *, group: str = "Run", low: float | None = 
       low, high: inclusive bounds of a number.
       choices: allowed values of a string.
       size: an int of bytes that is also written `2GiB`, `500MB`.
+      value: what stands for the value in `--help`, for example FILE.
     """
     return dataclasses.field(default=default, metadata=dict(
-        help=help, group=group, low=low, high=high, choices=choices, size=size))
+        help=help, group=group, low=low, high=high, choices=choices, size=size, value=value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,14 @@ def parse_size(text: str) -> int:
     if not match or match[2] not in _UNITS:
         raise ValueError(text)
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def size_text(size: int) -> str:
+    """Writes bytes as `parse_size` reads them, in the largest whole unit."""
+    for unit in ("TiB", "GiB", "MiB", "KiB", "TB", "GB", "MB", "KB"):
+        if size and size % parse_size(f"1{unit}") == 0:
+            return f"{size // parse_size(f'1{unit}')}{unit}"
+    return str(size)
 
 
 def check(settings: Any, label: str = "--{}") -> None:

@@ -59,6 +59,19 @@ class ModelSettings:
         "of the user's cache.", group="Model")
 
 
+@dataclasses.dataclass(frozen=True)
+class EngineSettings:
+    """How requests are run; no answer depends on these but through rounding."""
+
+    capacity: int | None = setting(
+        None, "Most tokens of prompt and answer together; the cache grows as needed unless given.",
+        group="Engine", low=1)
+    prefill_chunk: int = setting(512, "Longest piece of a prompt that is read at once.",
+                                 group="Engine", low=1)
+    kv_dtype: str | None = setting(None, "Number format of cached keys and values.",
+                                   group="Engine", choices=("float32", "bfloat16"))
+
+
 def enable_compilation_cache(directory: str = "") -> None:
     """Keeps compiled programs on disk; to be called before jax is imported.
 

@@ -41,7 +41,7 @@ class Progress:
             self._bar = _active = tqdm(
                 total=self.total, initial=self.first, desc=self.title or None, leave=False,
                 unit=f" {self.unit}", file=self._stream, dynamic_ncols=True,
-                unit_scale=self.unit == "B", unit_divisor=1024)
+                unit_scale=self.unit == "parameters")
         return self
 
     def update(self, count: int = 1, **figures) -> None:
@@ -56,6 +56,14 @@ class Progress:
         elif self._shows and time.monotonic() - self._last >= self._every_s:
             self._last = time.monotonic()
             self._line()
+
+    def reach(self, done: int, total: int) -> None:
+        """Sets the count and the total: for callbacks that tell both."""
+        if total != self.total:
+            self.total = total
+            if self._bar is not None:
+                self._bar.total = total
+        self.update(done - self.count)
 
     def __exit__(self, *exc_info) -> None:
         global _active

@@ -1,0 +1,108 @@
+"""A loaded model with its engine, as the verbs use it: prompts in, results and figures out."""
+
+from collections.abc import Callable
+from typing import Any
+
+from mmx.batch.answers import token_logprobs, usage
+from mmx.engine.engine import Engine
+from mmx.engine.request import Request, Result, SamplingParams
+from mmx.obs import log, memory
+from mmx.text import chat, functions
+
+
+class Session:
+    """Loads what the settings name; `slots` sequences run together."""
+
+    def __init__(self, settings, slots: int = 1):
+        self.name = settings.model
+        self.config, params, self.tokenizer = load(settings)
+        self.engine = Engine(
+            self.config, params, self.tokenizer, slots=slots, capacity=settings.capacity,
+            prefill_chunk=settings.prefill_chunk, kv_dtype=settings.kv_dtype)
+
+    def chat_ids(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
+        return chat.render_ids(self.tokenizer, messages, tools)
+
+    def tool_calls(self, text: str) -> list[dict[str, Any]]:
+        """The function calls in an answer, in OpenAI's form."""
+        calls = functions.parse_calls(text, chat.protocol_of(self.tokenizer))
+        return [{"id": f"call_{number}", "type": "function",
+                 "function": {"name": one.name, "arguments": one.arguments}}
+                for number, one in enumerate(calls)]
+
+    def answer(self, prompt_ids: list[int], sampling: SamplingParams,
+               stream: Callable[[str], None]) -> Result:
+        """Runs one request, handing text to `stream` as it comes."""
+        for event in self.engine.run([Request(0, prompt_ids, sampling)]):
+            if event.text_piece:
+                stream(event.text_piece)
+        return event.result
+
+    def report(self, result: Result, load_s: float, with_calls: bool = False) -> dict[str, Any]:
+        """A result and its figures as JSON values."""
+        times = result.timings
+        report = {
+            "model": self.name, "text": result.text, "ids": result.ids,
+            "finish_reason": result.finish_reason, "usage": usage(result),
+            "timings": {
+                "load_s": round(load_s, 4), "first_token_s": round(times.queue_s
+                                                                   + times.prefill_s, 4),
+                "decode_s": round(times.decode_s, 4),
+                "decode_tokens_per_s": round(times.decode_tokens_per_s, 2)},
+            "memory": {"host_peak_bytes": memory.host_peak_bytes(),
+                       "device_peak_bytes": memory.device_peak_bytes()}}
+        if result.logprobs is not None:
+            report["logprobs"] = token_logprobs(result.logprobs, self.tokenizer.token_bytes)
+        if with_calls:
+            report["tool_calls"] = self.tool_calls(result.text)
+        return report
+
+    def tell(self, result: Result, load_s: float | None = None) -> None:
+        """Says on stderr how fast and how large it was."""
+        times = result.timings
+        parts = [f"{result.prompt_tokens:,} → {len(result.ids):,} tokens "
+                 f"({result.finish_reason})"]
+        if load_s is not None:
+            parts.append(f"loaded in {load_s:.1f} s")
+        parts.append(f"first token {times.queue_s + times.prefill_s:.2f} s")
+        if len(result.ids) > 1:
+            parts.append(f"{times.decode_tokens_per_s:.1f} tok/s")
+        log.note(" · ".join([*parts, memory.summary()]))
+
+
+def load(settings):
+    """Returns (config, params, tokenizer) of what --model names."""
+    from mmx.checkpoint import load_config, load_params, locate
+    from mmx.config import preset, preset_names
+    from mmx.obs.progress import Progress
+    from mmx.text import load_tokenizer
+
+    dtype = settings.dtype or default_dtype()
+    if settings.random_weights:
+        config = (preset(settings.model) if settings.model in preset_names()
+                  else load_config(settings.model))
+        return config, _random_params(config, settings, dtype), load_tokenizer(locate("nano"))
+    tokenizer = load_tokenizer(locate(settings.model))
+    with Progress(None, "parameters", title="load") as bar:
+        config, params = load_params(
+            settings.model, dtype=dtype, quantize=settings.quantize,
+            max_host_bytes=settings.max_host_bytes, progress=bar.reach)
+    return config, params, tokenizer
+
+
+def default_dtype() -> str:
+    import jax
+
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _random_params(config, settings, dtype):
+    import jax
+
+    from mmx.model import init_params
+    from mmx.quant import quantize_params
+
+    params = init_params(config, jax.random.key(settings.seed), dtype)
+    return quantize_params(params) if settings.quantize else params
+
+
