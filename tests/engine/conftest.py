@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mmx import model
-from mmx.config import ModelConfig, deepnorm_alpha, hybrid_pattern
+from mmx.config import LIGHTNING, SOFTMAX, ModelConfig, deepnorm_alpha, hybrid_pattern
 from mmx.engine.engine import Engine
 
 FORBIDDEN = (0, 7, 90)
@@ -56,7 +56,7 @@ class Alphabet:
 
 @pytest.fixture(scope="session")
 def tiny():
-    return tiny_model()
+    return tiny_model((LIGHTNING, SOFTMAX, LIGHTNING))
 
 
 @pytest.fixture(scope="session")
@@ -64,5 +64,21 @@ def engine_of(tiny):
     """Engines by number of slots; capacity 128, chunks of 16."""
     @functools.cache
     def make(slots: int) -> Engine:
-        return Engine(*tiny, Alphabet(), slots=slots, capacity=128, prefill_chunk=16)
+        engine = Engine(*tiny, Alphabet(), slots=slots, capacity=128, prefill_chunk=16)
+        engine.warmup()
+        return engine
     return make
+
+
+def results(engine, requests) -> dict:
+    """Runs `requests` and returns results by key, checking that the events add up to them."""
+    texts, ids, done = {}, {}, {}
+    for event in engine.run(requests):
+        assert event.key not in done
+        texts[event.key] = texts.get(event.key, "") + event.text_piece
+        ids.setdefault(event.key, []).extend(event.new_ids)
+        if event.result is not None:
+            done[event.key] = event.result
+    for key, result in done.items():
+        assert (result.text, result.ids) == (texts[key], ids[key])
+    return done
