@@ -154,8 +154,9 @@ def _update(buffer, piece, starts):
 class _Job:
     """Fills one region of a parameter on every device that holds a part of it.
 
-    A region within `unit` bytes is put together on the host and moved once; a larger one is
-    written into device memory piece by piece, so that it never exists on the host.
+    A region within `unit` bytes is put together on the host and moved once, and so is any region
+    for a CPU, whose device memory the host buffer becomes; another is written into device memory
+    piece by piece, so that it never exists on the host.
     """
 
     path: str
@@ -172,7 +173,8 @@ class _Job:
         self.is_quantized = bool(self.axes)
         self.dtype = np.dtype(np.int8) if self.is_quantized else self.float_dtype
         self.size = int(np.prod([part.stop - part.start for part in self.region]))
-        self.is_small = self.size * self.dtype.itemsize <= self.unit
+        self.on_host = self.size * self.dtype.itemsize <= self.unit or all(
+            lives_on_host(device) for _, devices in self.shards for device in devices)
         self.buffers: list[list] | None = None
 
     @property
@@ -192,7 +194,7 @@ class _Job:
             starts = [0 if i in self.axes else part.start - mine.start
                       for i, (mine, part) in enumerate(zip(own, piece.region, strict=True))]
             part = values[cut]
-            if self.is_small:
+            if self.on_host:
                 _place(self.buffers[shard][0], part, starts)
                 continue
             for i, device in enumerate(devices):
@@ -211,7 +213,7 @@ class _Job:
         for own, devices in self.shards:
             shape = [part.stop - part.start for part in own]
             self.buffers.append(
-                [np.empty(shape, self.dtype)] if self.is_small
+                [aligned_empty(shape, self.dtype)] if self.on_host
                 else [jnp.zeros(shape, self.dtype, device=device) for device in devices])
         self.scale = np.empty([1 if i in self.axes else part.stop - part.start
                                for i, part in enumerate(self.region)], np.float32)
@@ -222,11 +224,23 @@ class _Job:
         for (_, devices), buffers in zip(self.shards, self.buffers, strict=True):
             for i, device in enumerate(devices):
                 result["values"].append(
-                    jax.device_put(buffers[0], device) if self.is_small else buffers[i])
+                    jax.device_put(buffers[0], device) if self.on_host else buffers[i])
                 if self.is_quantized:
                     result["scale"].append(jax.device_put(self.scale, device))
         self.buffers = self.scale = None
         return result
+
+
+def lives_on_host(device) -> bool:
+    return device.platform == "cpu"
+
+
+def aligned_empty(shape, dtype) -> np.ndarray:
+    """An uninitialised array at a 64-byte boundary, which a CPU device takes over uncopied."""
+    nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start:start + nbytes].view(dtype).reshape(shape)
 
 
 def _place(buffer: np.ndarray, part: np.ndarray, starts):
