@@ -1,7 +1,7 @@
 """Text configuration: gin files and bindings, and a gin mistake as one clear sentence."""
 
 import dataclasses
-import importlib.util  # noqa: F401  gin reads importlib.util without importing it
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +19,8 @@ CONFIG_DIR = PACKAGE_DIR / "configs"
 SEARCH = (Path(), CONFIG_DIR, PACKAGE_DIR)
 for _root in SEARCH[1:]:
     gin.add_config_file_search_path(str(_root))
+# Files alone: gin's second reader takes paths for packages, and logs or fails at each that is none.
+gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
 
 _made: dict[str, Any] = {}
 _classes: dict[str, type] = {}

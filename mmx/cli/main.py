@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return _fail(f"{_OUT_OF_MEMORY} ({str(error).splitlines()[0][:200]})")
+        return _fail(f"{_OUT_OF_MEMORY} The device says: {str(error).splitlines()[0][:200]}.")
 
 
 _OUT_OF_MEMORY = ("The memory of this machine is used up. Weights, cache and activations must fit "

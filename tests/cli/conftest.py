@@ -1,0 +1,25 @@
+import pytest
+
+from mmx.cli.main import main
+from tests import tiny
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A tiny random model of 4 layers with a byte tokenizer and turn markers."""
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("tiny") / "model", tiny.config())
+
+
+@pytest.fixture
+def mmx(capsys):
+    """Runs a command line; returns (exit code, stdout, stderr) and checks what holds for all."""
+    def run(*argv):
+        capsys.readouterr()
+        code = main([str(one) for one in argv])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        if code == 2:
+            assert err.splitlines()[-1].startswith("mmx: ") and err.endswith((".\n", "?\n"))
+        return code, out, err
+
+    return run

@@ -1,0 +1,128 @@
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from mmx.config import ModelConfig
+from mmx.model import forward
+from tests import tiny
+
+TOOLS = [{"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}]
+
+
+def run(mmx, checkpoint, *argv):
+    return mmx("generate", f"--model={checkpoint}", "--max_tokens=6", *argv)
+
+
+def report(mmx, checkpoint, *argv):
+    code, out, err = run(mmx, checkpoint, "--json", *argv)
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_text_streams_to_stdout_and_figures_to_stderr(mmx, checkpoint):
+    code, out, err = run(mmx, checkpoint, "--prompt=Once upon")
+    assert code == 0 and out.endswith("\n")
+    config, figures = err.splitlines()
+    assert config == f"config: generate model={str(checkpoint)!r} max_tokens=6 prompt='Once upon'"
+    for words in ("9 → 6 tokens (length)", "loaded in", "first token", "tok/s", "peak memory"):
+        assert words in figures
+    assert out[:-1] == report(mmx, checkpoint, "--prompt=Once upon")["text"]
+
+
+def test_ids_are_the_models_own_greedy_choice(mmx, checkpoint):
+    config = ModelConfig.from_hf(json.loads((checkpoint / "config.json").read_text()))
+    params = tiny.params(config, tiny.tensors(config))
+    ids = list(b"Once upon")
+    for _ in range(6):
+        logits_BTV, _ = forward(config, params, np.array([ids], np.int32))
+        ids.append(int(np.argmax(logits_BTV[0, -1])))
+    assert report(mmx, checkpoint, "--prompt=Once upon")["ids"] == ids[9:]
+
+
+def test_json_report(mmx, checkpoint):
+    found = report(mmx, checkpoint, "--prompt=ab", "--logprobs=2")
+    assert set(found) == {"model", "text", "ids", "finish_reason", "usage", "timings", "memory",
+                          "logprobs", "config"}
+    assert found["usage"] == {"prompt_tokens": 2, "completion_tokens": 6, "total_tokens": 8}
+    assert found["finish_reason"] == "length" and len(found["ids"]) == 6
+    assert [one["id"] for one in found["logprobs"]] == found["ids"]
+    for one in found["logprobs"]:
+        assert len(one["top"]) == 2 and one["logprob"] == one["top"][0]["logprob"] < 0
+    assert found["memory"]["host_peak_bytes"] > 1e7
+    assert all(value >= 0 for value in found["timings"].values())
+
+
+def test_sampling_flags_reach_the_sampler(mmx, checkpoint):
+    hot = ("--prompt=ab", "--temperature=3", "--max_tokens=24")
+    first = report(mmx, checkpoint, *hot, "--seed=1")["ids"]
+    assert first == report(mmx, checkpoint, *hot, "--seed=1")["ids"]
+    assert first != report(mmx, checkpoint, *hot, "--seed=2")["ids"]
+    greedy = report(mmx, checkpoint, "--prompt=ab", "--max_tokens=24")["ids"]
+    assert greedy == report(mmx, checkpoint, *hot, "--top_k=1")["ids"]
+    stopped = report(mmx, checkpoint, "--prompt=ab", f"--stop_token_ids={greedy[2]}")
+    assert stopped["finish_reason"] == "stop" and stopped["ids"] == greedy[:3]
+
+
+def test_prompt_file_leaves_out_its_last_line_break(mmx, checkpoint, tmp_path):
+    (tmp_path / "p.txt").write_text("Once\nupon\n")
+    found = report(mmx, checkpoint, f"--prompt_file={tmp_path / 'p.txt'}")
+    assert found == {**report(mmx, checkpoint, "--prompt=Once\nupon"), "config": found["config"],
+                     "timings": found["timings"], "memory": found["memory"]}
+
+
+@pytest.mark.parametrize("flags", [(), ("--prompt_file=-",)])
+def test_prompt_from_stdin(mmx, checkpoint, monkeypatch, flags):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Once\n")))
+    assert report(mmx, checkpoint, *flags)["usage"]["prompt_tokens"] == 4
+
+
+def test_chat_format(mmx, checkpoint, tmp_path):
+    plain = report(mmx, checkpoint, "--prompt=hi")["usage"]["prompt_tokens"]
+    chat = report(mmx, checkpoint, "--prompt=hi", "--chat")
+    system = report(mmx, checkpoint, "--prompt=hi", "--system=be brief")
+    (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
+    tools = report(mmx, checkpoint, "--prompt=hi", f"--tools={tmp_path / 'tools.json'}")
+    counts = [found["usage"]["prompt_tokens"] for found in (chat, system, tools)]
+    assert plain == 2 < counts[0] < min(counts[1:])
+    assert chat["tool_calls"] == []
+
+
+def test_output_and_its_config_beside(mmx, checkpoint, tmp_path):
+    target = tmp_path / "answer.txt"
+    _, out, _ = run(mmx, checkpoint, "--prompt=ab", "--seed=7", f"--output={target}")
+    assert target.read_text() == out
+    saved = tmp_path / "answer.txt.config.gin"
+    assert "generate.seed = 7" in saved.read_text()
+    _, again, _ = mmx("generate", f"--gin_file={saved}")
+    assert again == out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answer.txt",
+                                                               "answer.txt.config.gin"]
+
+
+def test_random_weights_need_no_checkpoint(mmx):
+    code, out, _ = mmx("generate", "--model=nano", "--random_weights", "--prompt=a", "--json",
+                       "--max_tokens=2", "--ignore_eos")
+    assert code == 0 and len(json.loads(out)["ids"]) == 2
+
+
+def test_compilation_cache(checkpoint, monkeypatch, tmp_path):
+    import os
+
+    from mmx.cli.shared import enable_compilation_cache
+
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    enable_compilation_cache()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "mmx" / "jax")
+    assert (tmp_path / "mmx" / "jax").is_dir()
+    enable_compilation_cache(str(tmp_path / "other"))
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "other")
+    enable_compilation_cache("off")
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    (tmp_path / "file").write_text("")
+    enable_compilation_cache(str(tmp_path / "file" / "x"))
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
