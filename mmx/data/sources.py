@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -188,8 +189,8 @@ def _build(files, tokenizer, eos_id, folder, progress):
     dtype = np.dtype(np.uint16 if size <= 1 << 16 else np.uint32)
     ends, position, num_bytes, done = [], 0, 0, 0
     total = sum(path.stat().st_size for path in files)
-    encode = getattr(tokenizer, "encode_batch", None) or (
-        lambda texts: [tokenizer.encode(text) for text in texts])
+    # A text that spells a special token holds its letters, not the token.
+    encode = partial(tokenizer.encode_batch, allow_special=False)
     with open(folder / "tokens.npy", "wb") as out:
         _header(out, dtype, 0)
         for path in files:

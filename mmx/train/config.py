@@ -69,6 +69,7 @@ class EvalConfig:
     batch: int = 0
 
     def __post_init__(self):
+        object.__setattr__(self, "files", self.source.files)
         _check("EvalSet", self, (
             ("rows", self.rows >= 1, "at least 1"),
             ("seq_len", self.seq_len >= 0, "at least 0"),

@@ -46,18 +46,12 @@ class Outcome:
 
 def load_config(name: str) -> geometry.ModelConfig:
     """The geometry of a preset, or of a directory with a config.json."""
-    path = Path(name) / "config.json"
+    from mmx import checkpoint
+
+    # A preset trains from nothing, so it needs no folder with weights.
     if name in geometry.preset_names():
         return geometry.preset(name)
-    try:
-        return geometry.ModelConfig.from_hf(json.loads(path.read_text()))
-    except OSError:
-        raise UserError(f"There is no model '{name}'.",
-                        "It is a preset or a directory with a config.json.",
-                        f"Presets are {', '.join(geometry.preset_names())}.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}).", "It holds the model's geometry.",
-                        "Restore the file.") from None
+    return checkpoint.load_config(name)
 
 
 def train(config: TrainConfig, model_config: geometry.ModelConfig, tokenizer) -> Outcome:
@@ -85,7 +79,7 @@ class _Run:
                     else model_config.router_aux_loss_coef)
         self.how = steps.StepConfig(config.dtype, config.accumulate, aux_coef, config.z_coef,
                                     config.remat, len(config.sources))
-        self.update = steps.make_train_step(model_config, self.optimizer, self.how)
+        self.update = steps.make_train_step(model_config, config.optimizer, config.steps, self.how)
         self.evaluate_batch = steps.make_eval_step(model_config, self.how)
         self.rate_at = learning_rate(config.optimizer, config.steps)
         self.evaluation: dict = {}
@@ -318,18 +312,18 @@ class _Run:
     def _save(self, step: int, state, rows: int) -> None:
         began = time.monotonic()
         saving.save(self.run, step, state, {"rows": rows, "identity": self.identity()},
-                    self.config.keep)
+                    self.config.keep, self.model_config)
         self.save_seconds = max(self.save_seconds, time.monotonic() - began)
 
     def _export(self, params, why: str) -> Path | None:
         wanted = {"end": why == FINISHED, "stop": True, "never": False}[self.config.export]
         if not wanted:
             return None
-        from mmx.checkpoint import save_hf
+        from mmx.checkpoint.hf_export import save_hf
 
         folder = self.run / "export"
         save_hf(folder, self.model_config, params, layout="original", dtype="bfloat16",
-                tokenizer_dir=self.config.tokenizer)
+                tokenizer_dir=self.config.tokenizer, overwrite=True)
         return folder
 
     def _say_start(self, step: int) -> None:

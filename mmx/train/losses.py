@@ -48,7 +48,9 @@ def token_loss(head: Callable[[jax.Array], jax.Array], x_BTD: jax.Array, targets
     def one_chunk(x_BCD, targets_BC, weights_BC):
         logits_BCV = head(x_BCD).astype(jnp.float32)
         lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+        # A comparison and a sum, not a gather: its gradient is no scatter and fuses.
+        hit_BCV = targets_BC[..., None] == jnp.arange(vocab_size)
+        target_BC = jnp.sum(jnp.where(hit_BCV, logits_BCV, 0.0), axis=-1)
         nll_BC = lse_BC - target_BC
         counted_BC = (weights_BC > 0).astype(jnp.float32)
         right_BC = counted_BC * (target_BC >= jnp.max(logits_BCV, axis=-1))

@@ -1,12 +1,10 @@
 """Training checkpoints in a run's folder: numbered, atomic, the last few kept."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from mmx.train import _orbax_thin as orbax_io
+from mmx.checkpoint import orbax_io
+from mmx.config import ModelConfig
 from mmx.errors import UserError
 
 
@@ -19,14 +17,13 @@ def latest(run: Path) -> int | None:
     return orbax_io.latest_step(run / "checkpoints")
 
 
-def save(run: Path, step: int, state: Any, extra: dict, keep: int) -> None:
-    """Saves `state` and the JSON `extra` at `step`, then drops all but the newest `keep`."""
-    orbax_io.save(folder(run, step), state, extra)
-    if jax.process_index() == 0:
-        steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir()
-                       if path.name.isdigit())
-        for old in steps[:-keep]:
-            shutil.rmtree(folder(run, old), ignore_errors=True)
+def save(run: Path, step: int, state: Any, extra: dict, keep: int, config: ModelConfig) -> None:
+    """Saves `state` and the JSON `extra` at `step`, then drops all but the newest `keep`.
+
+    Each checkpoint can also be loaded as a model.
+    """
+    orbax_io.save(folder(run, step), state, extra, config)
+    orbax_io.keep_last(run / "checkpoints", keep)
 
 
 def restore(run: Path, step: int, abstract: Any, identity: dict) -> tuple[Any, dict]:

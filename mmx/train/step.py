@@ -1,6 +1,7 @@
 """One optimiser step and one evaluation step as jitted functions of (state, batch)."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mmx import model
 from mmx.config import ModelConfig
 from mmx.data.pipeline import Batch
+from mmx.train.config import OptimizerConfig
 from mmx.train.losses import TokenLoss, token_loss
+from mmx.train.optimizer import make_optimizer
 
 DATA_AXIS = "data"
 
@@ -116,7 +119,8 @@ def gradients(config: ModelConfig, how: StepConfig, params, batch: Batch):
     return jax.lax.scan(one, zero, micros)[0]
 
 
-def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation,
+@functools.lru_cache(maxsize=8)
+def make_train_step(config: ModelConfig, rule: OptimizerConfig, total_steps: int,
                     how: StepConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Mapping]]:
     """Returns the jitted update (state, batch) -> (state, metrics); the state's buffers are reused.
 
@@ -124,15 +128,19 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
     (before clipping), and per source [num_sources]: nll, targets, right (sums).
     """
 
+    optimizer = make_optimizer(rule, total_steps)
+
     def update(state: TrainState, batch: Batch):
         grads, metrics = gradients(config, how, state.params, batch)
         changes, opt = optimizer.update(grads, state.opt, state.params)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        squares = [jnp.sum(leaf * leaf) for leaf in jax.tree.leaves(grads)]
+        metrics["grad_norm"] = jnp.sqrt(sum(squares))
         return TrainState(optax.apply_updates(state.params, changes), opt, state.step + 1), metrics
 
     return jax.jit(update, donate_argnums=0)
 
 
+@functools.lru_cache(maxsize=8)
 def make_eval_step(config: ModelConfig, how: StepConfig) -> Callable[[Any, Batch], Mapping]:
     """Returns the jitted (params, batch) -> sums over the batch: nll, targets, right."""
 

@@ -15,9 +15,10 @@ class ByteTokenizer:
     def __init__(self):
         self.encoded = 0
 
-    def encode(self, text: str) -> list[int]:
-        self.encoded += 1
-        return [byte + 4 for byte in text.encode()]
+    def encode_batch(self, texts, allow_special: bool = True) -> list[list[int]]:
+        assert not allow_special, "documents are plain text"
+        self.encoded += len(texts)
+        return [[byte + 4 for byte in text.encode()] for text in texts]
 
     def decode(self, ids) -> str:
         return bytes(i - 4 for i in ids).decode()
