@@ -95,7 +95,8 @@ def test_header_of_the_safetensors_library(tmp_path):
     ref = read_header(tmp_path / "x.safetensors")["x"]
     assert (ref.dtype, ref.shape, ref.nbytes) == ("BF16", (2, 3), 12)
     with Reader() as reader:
-        np.testing.assert_array_equal(reader.read(ref, (2, 3), (slice(0, 2), slice(1, 3))), x[:, 1:])
+        part = reader.read(ref, (2, 3), (slice(0, 2), slice(1, 3)))
+    np.testing.assert_array_equal(part, x[:, 1:])
 
 
 def test_loose_shards_are_all_read(tmp_path):
