@@ -265,6 +265,9 @@ def _json_calls(text: str) -> list[FunctionCall]:
 
 def _first(text: str, targets: Iterable[str]) -> tuple[int, str]:
     """Returns (position, target) of the earliest target, (-1, "") if there is none."""
+    for target in targets:
+        if text.startswith(target):  # a block that is still open: no need to search it
+            return 0, target
     return min(((at, target) for target in targets if (at := text.find(target)) >= 0),
                default=(-1, ""))
 

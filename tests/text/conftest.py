@@ -4,9 +4,14 @@ import io
 import json
 
 import pytest
+from hypothesis import settings
 
 from mmx.text import load_tokenizer
 from mmx.text.hf_backend import byte_level_bpe
+
+# The time of one example says more about the machine's other work than about the code.
+settings.register_profile("mmx", deadline=None)
+settings.load_profile("mmx")
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog; it didn't look back at 12345 hounds.",
