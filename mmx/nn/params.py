@@ -75,13 +75,25 @@ def xavier(fan_in: int, fan_out: int, gain: float = 1.0) -> str:
 
 def initial_value(spec: ParamSpec, key: jax.Array) -> jax.Array:
     """Draws a parameter from its description; traceable, so it can be born sharded."""
+    kind, scale = initial_kind(spec)
+    return draw(key, scale, kind, spec.shape, spec.dtype)
+
+
+def initial_kind(spec: ParamSpec) -> tuple[str, float]:
+    """Returns the distribution ("ones", "normal", "uniform") and its deviation or limit."""
     kind, *numbers = spec.init.split(":")
     if kind == "ones":
-        return jnp.ones(spec.shape, spec.dtype)
+        return kind, 1.0
     if kind == "normal":
-        return (float(numbers[0]) * jax.random.normal(key, spec.shape, jnp.float32)).astype(
-            spec.dtype
-        )
+        return kind, float(numbers[0])
     fan_in, fan_out, gain = int(numbers[0]), int(numbers[1]), float(numbers[2])
-    limit = gain * (6.0 / (fan_in + fan_out)) ** 0.5
-    return jax.random.uniform(key, spec.shape, jnp.float32, -limit, limit).astype(spec.dtype)
+    return "uniform", gain * (6.0 / (fan_in + fan_out)) ** 0.5
+
+
+def draw(key: jax.Array, scale, kind: str, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    """Draws from a distribution of `initial_kind`."""
+    if kind == "ones":
+        return jnp.ones(shape, dtype)
+    if kind == "normal":
+        return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    return (scale * jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0)).astype(dtype)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mmx import model
-from mmx.config import LIGHTNING, SOFTMAX, ModelConfig, deepnorm_alpha, hybrid_pattern
+from mmx.config import LIGHTNING, SOFTMAX, ModelConfig, deepnorm_alpha
 from mmx.engine.engine import Engine
 
 FORBIDDEN = (0, 7, 90)
@@ -24,7 +24,7 @@ def tiny_config(layer_types) -> ModelConfig:
 
 
 @functools.cache
-def tiny_model(layer_types=hybrid_pattern(8)):
+def tiny_model(layer_types):
     """(config, float32 params); three head rows are zero, and the rest are far from ties."""
     config = tiny_config(layer_types)
     params = dict(model.init_params(config, jax.random.key(11)))
