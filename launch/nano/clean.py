@@ -71,7 +71,9 @@ def is_prose(kind: str, text: str) -> bool:
     if len(set(lowered)) < 0.3 * count:
         return False
     letters = sum(map(str.isalpha, text))
-    if letters + text.count(" ") < 0.9 * size or sum(c > "\x7f" for c in text) > 0.01 * size:
+    if letters + text.count(" ") < 0.9 * size or (
+        not text.isascii() and sum(c > "\x7f" for c in text) > 0.01 * size
+    ):
         return False
     if len(_ODD.findall(text)) > 0.012 * size or len(_IDENT.findall(text)) > 0.08 * count:
         return False

@@ -43,12 +43,14 @@ _KIND = {
 }  # fmt: skip
 _VOID = {"br", "img", "hr", "input", "meta", "link", "col", "area", "base", "wbr"}
 _NOISE = re.compile(
-    r"\b(?:class|id|role)\s*=\s*[\"'][^\"']*\b(?:nav\w*|toc\w*|sphinxsidebar\w*|sidebar\w*|related"
-    r"|footer\w*|breadcrumbs?|headerlink|anchor|indextable|genindex|copyright|legalnotice|highlight"
-    r"|programlisting|screen|synopsis|menu\w*|footnotes?|noprint|search\w*|pagination|backlinks?"
-    r"|navheader|navfooter|releaseinfo|revhistory|authorgroup|variablelist-index|memproto|fragment"
-    r"|linenos|versionbox|manualnavbar|prevnext|editlink|trail|actionbar|popupmenu|dropdown"
-    r"|qt-?nav\w*|viewcode-link|permalink|srclink|sourceline)\b",
+    r"\b(?:class|id|role)\s*=\s*[\"'](?:[^\"']*\s)?(?:nav(?:bar|igation|header|footer|igate)?"
+    r"|toc[\w-]*|contents|toctree-wrapper|sphinxsidebar[\w-]*|sidebar[\w-]*|related|footer[\w-]*"
+    r"|breadcrumbs?|headerlink|anchor|indextable|genindextable|copyright|legalnotice|highlight[\w-]*"
+    r"|programlisting|screen|synopsis|menu|footnotes?|footnote-reference|noprint|search[\w-]*"
+    r"|pagination|backlinks?|releaseinfo|revhistory|authorgroup|memproto|fragment|linenos"
+    r"|versionbox|manualnavbar|prevnext|editlink|trail|actionbar|popupmenu|dropdown|qt-nav\w*"
+    r"|viewcode-link|permalink|srclink|sourceline|wy-nav-side|wy-nav-top|rst-versions"
+    r"|toplang|bottomlang|qindex|btools|pageheader|nodeheader)(?:\s[^\"']*)?[\"']",
     re.I,
 )
 _NOISE_TAGS = {"div", "span", "ul", "ol", "dl", "p", "table", "a", "td", "tr", "small"}
@@ -272,6 +274,31 @@ def dictionary(text: str) -> list[Block]:
     return blocks
 
 
+def lyx(text: str) -> list[Block]:
+    """Blocks of a LyX document; insets (notes, formulas, cross references) are left out."""
+    blocks: list[Block] = []
+    kind, depth, lines = "p", 0, []
+    for line in text.split("\n"):
+        if line.startswith("\\begin_inset"):
+            depth += 1
+        elif line.startswith("\\end_inset"):
+            depth -= 1
+        elif depth:
+            continue
+        elif line.startswith("\\begin_layout"):
+            name = line.split()[-1]
+            kind = "h" if "ection" in name or name in ("Title", "Chapter", "Part") else "p"
+            kind = "li" if name in ("Itemize", "Enumerate") else kind
+            kind = "code" if "Code" in name else kind
+            lines = []
+        elif line.startswith("\\end_layout"):
+            text = "" if kind == "code" else "".join(lines)
+            blocks.append((kind, " ".join(text.split())))
+        elif not line.startswith("\\"):
+            lines.append(line)
+    return blocks
+
+
 def _plain_paragraphs(text: str, code_indent: int, underline: str) -> list[Block]:
     blocks: list[Block] = []
     for part in re.split(r"\n[ \t]*(?:\n[ \t]*)+", text.expandtabs(8).replace("\r", "")):
@@ -314,6 +341,8 @@ def read_blocks(path: pathlib.Path) -> list[Block]:
         return info(read_text(path))
     if "vim" in str(path) and "doc" in parts and suffix == ".txt":
         return plain(read_text(path), ".vim")
+    if suffix == ".lyx":
+        return lyx(read_text(path))
     if name.endswith(".dict.dz"):
         return dictionary(read_text(path))
     if suffix in (".txt", ".rst", ".md", ".mdwn", ".markdown"):

@@ -77,7 +77,7 @@ def section(deb: pathlib.Path) -> dict[str, str]:
 
 def read_package(job: tuple[str, str, float]) -> tuple[dict, list[tuple[str, list]]]:
     """Manifest entry and (path, blocks) of every readable file of one package."""
-    package, deb, _ = job
+    package, deb, cap = job
     fields = section(pathlib.Path(deb))
     entry = {
         "package": package,
@@ -85,18 +85,25 @@ def read_package(job: tuple[str, str, float]) -> tuple[dict, list[tuple[str, lis
         "section": fields.get("Section", ""),
         "deb_sha256": hashlib.sha256(pathlib.Path(deb).read_bytes()).hexdigest(),
     }
-    other = re.compile(rf"(?:/|[._-])(?:{sources.LANGUAGES})(?:[-_@][A-Za-z]+)?(?:/|\.html|\.xml|\.txt|\.gz|$)")
+    other = re.compile(
+        rf"(?:/|[._-])(?:{sources.LANGUAGES})(?:[-_@][A-Za-z]+)?(?:/|\.html|\.xml|\.txt|\.gz|$)"
+    )
     skip = re.compile(sources.SKIP_PATHS)
-    files = []
+    only = re.compile(sources.ONLY.get(package, ""))
+    files, size = [], 0
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         subprocess.run(["dpkg-deb", "-x", deb, folder], check=True)
         entry["licences"] = licences(root, package)
-        for path in sorted(root.glob("usr/**/*")):
-            name = "/" + str(path.relative_to(root))
+        # past its cap a package gives a sample of its files, chosen by name hash
+        names = {"/" + str(path.relative_to(root)): path for path in root.glob("usr/**/*")}
+        for name in sorted(names, key=lambda n: hashlib.blake2b(n.encode()).digest()):
+            path = names[name]
+            if size > cap * 1.4e6:
+                break
             if path.is_symlink() or not path.is_file() or path.stat().st_size > 12 << 20:
                 continue
-            if other.search(name) or skip.search(name):
+            if other.search(name) or skip.search(name) or not only.search(name):
                 continue
             try:
                 blocks = extract.read_blocks(path)
@@ -106,6 +113,7 @@ def read_package(job: tuple[str, str, float]) -> tuple[dict, list[tuple[str, lis
             blocks = clean.prose_blocks(blocks)
             if blocks:
                 files.append((name, blocks))
+                size += sum(len(text) for _, text in blocks)
     return entry, files
 
 
@@ -173,8 +181,6 @@ def main() -> None:
             if entry["section"].startswith(("non-free", "contrib")) or not entry["licences"]:
                 print(f"gather: {package}: no clear free licence, left out", file=sys.stderr)
                 continue
-            # past its cap a package gives a sample of its files, chosen by name hash
-            files.sort(key=lambda f: hashlib.blake2b(f[0].encode()).digest())
             size, chosen = 0, []
             for name, blocks in files:
                 if size > cap * 1e6:

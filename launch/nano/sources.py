@@ -13,8 +13,8 @@ PACKAGES: dict[str, float] = {
     # Desktop manuals
     "gnome-user-docs": 8, "libreoffice-help-en-us": 8, "gimp-help-en": 8, "gnucash-docs": 8,
     "inkscape-tutorials": 2, "lyx-common": 8, "gnumeric-doc": 8, "evolution-common": 4,
-    "kicad-doc-en": 8, "kmymoney": 8, "digikam-doc": 8, "kate5-data": 8, "okular": 4,
-    "konsole": 4, "dolphin": 4, "marble-data": 4, "kstars": 8, "kmail": 8, "kdevelop-data": 4,
+    "kicad-doc-en": 8, "kmymoney-common": 8, "kate5-data": 8, "okular": 4,
+    "konsole": 4, "dolphin": 4, "marble-data": 4, "kstars-data": 8, "kmail": 8, "kdevelop-data": 4,
     "umbrello-data": 4, "korganizer": 4, "kaddressbook": 4, "skrooge-common": 4, "k3b-data": 4,
     "kgpg": 4, "ark": 2, "gwenview": 2, "konqueror": 4, "kwrite": 4, "plasma-desktop-data": 4,
     "systemsettings": 4, "khelpcenter": 4, "kget": 2, "lokalize": 4, "cantor": 4,
@@ -55,6 +55,12 @@ PACKAGES: dict[str, float] = {
     "python-scipy-doc": 5, "python-pandas-doc": 6, "python-sklearn-doc": 8, "opencv-doc": 4,
     "pandoc": 4, "gap-doc": 6,
 }  # fmt: skip
+
+# Package -> pattern that a path must match, where most of a package is an API index.
+ONLY = {
+    "rust-doc": r"/(?:book|reference|nomicon|rust-by-example|rustc|cargo|rustdoc|edition-guide"
+    r"|embedded-book|unstable-book|style-guide)/",
+}
 
 # Directories and file names of languages other than English, and of no prose.
 LANGUAGES = (

@@ -116,12 +116,17 @@ class Haystack:
     """
 
     def __init__(self, tokenizer, docs: Sequence) -> None:
-        gap = tokenizer.encode("\n\n")
+        self.tokenizer = tokenizer
+        self._ends: dict[tuple[int, str], np.ndarray | None] = {}
         parts: list[np.ndarray] = []
         for doc in docs:
-            parts += [np.asarray(tokenizer.encode(doc) if isinstance(doc, str) else doc), gap]
-        if not parts or not any(len(p) for p in parts[::2]):
-            raise UserError("the haystack holds no text", "recall tasks need some", "pass documents")
+            ids = np.asarray(tokenizer.encode(doc, allow_special=False) if isinstance(doc, str) else doc)
+            if len(ids):
+                parts += self.closed(ids, "\n\n")
+        if not parts:
+            raise UserError(
+                "The haystack holds no text.", "Recall tasks need some.", "Pass documents."
+            )
         dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
         self.ids = np.concatenate(parts).astype(dtype)
         pieces = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
@@ -135,6 +140,19 @@ class Haystack:
         self._starts = np.flatnonzero(self.after == 1)[:-1] + 1
         if not len(self._starts):
             self._starts = np.zeros(1, np.int64)
+
+    def closed(self, ids: np.ndarray, ending: str) -> list[np.ndarray]:
+        """The parts of `ids` followed by `ending`, tokenised as one text at the seam."""
+        last = int(ids[-1])
+        key = (last, ending)
+        if key not in self._ends or len(ending) > 2:
+            piece = self.tokenizer.decode([last])
+            whole = None if "\ufffd" in piece else self.tokenizer.encode(piece + ending)
+            self._ends[key] = None if whole is None else np.asarray(whole)
+        seam = self._ends.pop(key) if len(ending) > 2 else self._ends[key]
+        if seam is None:
+            return [ids, np.asarray(self.tokenizer.encode(ending))]
+        return [ids[:-1], seam]
 
     def cut(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 [length] from the start of a random line on, and their `after` marks."""
@@ -176,8 +194,10 @@ class RecallSampler:
             (0.12, self._strings), (0.12, self._paragraph), (0.10, self._words),
         )  # fmt: skip
         self._cumulative = np.cumsum([share for share, _ in self._kinds])
-        self._bos = tokenizer.id_of("<beginning_of_sentence>")
+        bos = tokenizer.id_of("<beginning_of_sentence>")
         self._eos = tokenizer.id_of("<end_of_sentence>")
+        self._user = [bos, *tokenizer.encode("user name=user\n")]
+        self._turn = [self._eos, *tokenizer.encode("\n"), bos, *tokenizer.encode("ai name=assistant\n")]
 
     def sample(self, index: int, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 [n] and a bool mask [n] of the answer's tokens, n <= max_tokens.
@@ -185,40 +205,52 @@ class RecallSampler:
         Lengths are log-uniform from 64 to max_tokens. Raises UserError if max_tokens < 64.
         """
         if max_tokens < 64:
-            raise UserError(f"max_tokens is {max_tokens}", "a recall sample needs 64", "raise it")
+            raise UserError(
+                f"max_tokens is {max_tokens}.", "A recall sample needs at least 64.", "Raise it."
+            )
         rng = np.random.default_rng((self.seed, index))
         length = int(np.exp(rng.uniform(np.log(64), np.log(max_tokens + 1))))
         length = min(max(length, 64), max_tokens)
         kind = int(np.searchsorted(self._cumulative, rng.random(), side="right"))
         kind = min(kind, len(self._kinds) - 1)
         chat = bool(rng.random() < 0.4)
-        ids, mask = self._kinds[kind][1](rng, length, chat)
-        return ids[:max_tokens], mask[:max_tokens]
+        make = self._kinds[kind][1]
+        ids, mask = make(rng, length, chat)
+        tries = 0
+        while len(ids) > max_tokens:
+            # Estimates of lengths in characters can miss: the same task, shorter; a task that
+            # can not be that short gives way to one bare needle.
+            tries += 1
+            length = max(32, length - (len(ids) - max_tokens) - 16)
+            if tries > 4:
+                make, length, chat = self._needle, 32, False
+            if tries > 64:
+                raise UserError(f"No recall task fits {max_tokens} tokens of this tokenizer.",
+                                "Question and answer alone are longer.", "Raise max_tokens.")
+            ids, mask = make(rng, length, chat)
+        return ids, mask
 
-    # every task builds (context ids, question, lead-in, answer) and _finish joins them
+    # every task builds a frame (head, question, answer) and a context to put in it
 
-    def _finish(self, context, question, lead, answer, chat):
+    def _frame(self, question, lead, answer, chat):
+        """Ids before the context, between it and the answer, and of the answer."""
         encode = self.tokenizer.encode
         if chat:
-            head = [self._bos, *encode("user name=user\n")]
-            ask = [*encode(question), self._eos, *encode("\n"), self._bos]
-            ask += encode("ai name=assistant\n")
             # in a chat the lead-in is the model's own
-            tail = [*encode(f"{lead} {answer}".strip()), self._eos]
-        else:
-            head, ask = [], encode(f"{question} {lead}".strip())
-            tail = [*encode((" " if lead or question else "") + answer), self._eos]
+            ask = [*encode(question), *self._turn]
+            return self._user, ask, [*encode(f"{lead} {answer}"), self._eos]
+        return [], encode(f"{question} {lead}"), [*encode(" " + answer), self._eos]
+
+    @staticmethod
+    def _join(frame, context):
+        head, ask, tail = frame
         ids = np.concatenate([head, context, ask, tail]).astype(np.int32)
         mask = np.zeros(len(ids), bool)
         mask[len(ids) - len(tail) :] = True
         return ids, mask
 
-    def _overhead(self, question, lead, answer, chat):
-        return len(self._finish([], question, lead, answer, chat)[0])
-
-    def _plant(self, rng, needles: list[str], size: int, depths=None) -> np.ndarray:
-        """Haystack of exactly `size` ids with the needles in it, ending in a blank line."""
-        return plant(self.tokenizer, self.haystack, rng, needles, size, depths)
+    def _plant(self, rng, needles: list[str], size: int) -> np.ndarray:
+        return plant(self.tokenizer, self.haystack, rng, needles, size)
 
     def _needle(self, rng, length, chat):
         return self._needles(rng, length, chat, 1)
@@ -234,16 +266,16 @@ class RecallSampler:
         needles = [form[0].format(key=k, value=v) for k, v in zip(keys, values, strict=True)]
         question, lead = (part.format(key=keys[0]) for part in form[1:])
         answer = values[0] + "."
-        size = length - self._overhead(question, lead, answer, chat)
-        context = self._plant(rng, needles, size)
-        return self._finish(context, question, lead, answer, chat)
+        frame = self._frame(question, lead, answer, chat)
+        context = self._plant(rng, needles, length - sum(map(len, frame)))
+        return self._join(frame, context)
 
     def _pairs(self, rng, length, chat):
         encode = self.tokenizer.encode
         mark = (": ", " = ", " -> ")[rng.integers(3)]
         rows: list[tuple[str, str]] = []
         room = length - 48
-        while room > 0:
+        while room > 0 or not rows:
             value = _number(rng, False) if rng.random() < 0.6 else _nonsense(rng)
             rows.append((_name(rng) if rng.random() < 0.5 else _nonsense(rng), value))
             room -= 3 + (len(rows[-1][0]) + 2 * len(value)) // 2
@@ -252,19 +284,18 @@ class RecallSampler:
         intro = "Here is a list of names and values.\n\n"
         context = encode(intro + "".join(f"{k}{mark}{v}\n" for k, v in rows) + "\n")
         question, lead = f"What is the value of {key}?", f"{key}{mark}".rstrip()
-        return self._finish(_fit(context, length), question, lead, value + ".", chat)
+        return self._join(self._frame(question, lead, value + ".", chat), context)
 
     def _strings(self, rng, length, chat):
-        text, answer = "", ""
+        answer = ""
         while not answer or len(answer) < length - 96 and rng.random() < 0.7:
             answer += (" " if answer else "") + _random_string(rng)
         question = "Repeat the string."
         body = self.tokenizer.encode(f"String: {answer}\n\n")
-        size = length - len(body) - self._overhead(question, "String:", answer, chat)
+        frame = self._frame(question, "String:", answer, chat)
+        size = length - len(body) - sum(map(len, frame))
         fill = self._plant(rng, [], size) if size > 24 else []
-        context = np.concatenate([body, fill] if rng.random() < 0.5 else [fill, body])
-        del text
-        return self._finish(context, question, "String:", answer, chat)
+        return self._join(frame, np.concatenate([body, fill] if rng.random() < 0.5 else [fill, body]))
 
     def _paragraph(self, rng, length, chat):
         size = max(16, min(length // 2 - 24, int(rng.integers(16, 257))))
@@ -272,7 +303,7 @@ class RecallSampler:
         text = self.tokenizer.decode(piece.tolist()).strip().replace("\ufffd", "")
         question, lead = "Repeat the text.", "Text:"
         context = self.tokenizer.encode(f"Text: {text}\n\n")
-        return self._finish(context, question, lead, text, chat)
+        return self._join(self._frame(question, lead, text, chat), context)
 
     def _words(self, rng, length, chat):
         count = int(rng.integers(3, max(4, min(40, length // 12))))
@@ -280,45 +311,46 @@ class RecallSampler:
         text = ", ".join(words) + "."
         question, lead = "What were the words?", "The words are:"
         body = self.tokenizer.encode(f"The words are: {text}\n\n")
-        size = length - len(body) - self._overhead(question, lead, text, chat)
+        frame = self._frame(question, lead, text, chat)
+        size = length - len(body) - sum(map(len, frame))
         fill = self._plant(rng, [], size) if size > 24 else []
-        return self._finish(np.concatenate([body, fill]), question, lead, text, chat)
-
-
-def _fit(context: list[int], length: int) -> list[int]:
-    return context if len(context) <= length else context[-length:]
+        return self._join(frame, np.concatenate([body, fill]))
 
 
 def plant(tokenizer, haystack: Haystack, rng, needles, size, depths=None) -> np.ndarray:
-    """Ids int32 [max(size, needles)] of a haystack slice with every needle on a sentence border.
+    """Ids int32 of a haystack slice with every needle on a sentence border, about `size` in all.
 
-    `depths` in 0..1 says where each needle goes (random if None). The slice ends in a blank line.
+    `depths` in 0..1 says where each needle goes (random if None; 1 = last). The slice ends in a
+    blank line. At most `size` ids, but never fewer than the needles need.
     """
-    gap = tokenizer.encode("\n\n")
-    inline = rng.random(len(needles)) < 0.5
-    room = size - len(gap) - sum(len(tokenizer.encode(n + "\n\n")) for n in needles)
-    ids, after = haystack.cut(rng, max(room, 0))
     depths = rng.random(len(needles)) if depths is None else np.asarray(depths)
-    borders = np.flatnonzero(after) + 1
-    borders = np.concatenate([[0], borders[borders < len(ids)]]) if len(ids) else np.zeros(1, int)
+    inline = rng.random(len(needles)) < 0.5
+    coded = [(tokenizer.encode(n + "\n\n"), tokenizer.encode(" " + n)) for n in needles]
+    room = max(0, size - 2 - sum(max(map(len, pair)) for pair in coded))
+    ids, after = haystack.cut(rng, room)
+    borders = np.flatnonzero(after[:-1]) + 1
+    lines = borders[after[borders - 1] == 1]
+    last = [n for n, depth in zip(needles, depths, strict=True) if depth >= 1]
     cuts = []
-    for needle, depth, same_line in zip(needles, depths, inline, strict=True):
+    for pair, depth, same_line in zip(coded, depths, inline, strict=True):
         if depth >= 1:
-            cuts.append((len(ids), tokenizer.encode("\n\n" + needle)))
             continue
-        at = int(borders[np.abs(borders - depth * len(ids)).argmin()])
-        sentence = at > 0 and after[at - 1] == 2
-        if sentence and not same_line and (lines := borders[(borders == 0) | (after[borders - 1] == 1)]).size:
-            near = int(lines[np.abs(lines - depth * len(ids)).argmin()])
-            # a paragraph of its own only where a line end is near
-            at, sentence = (near, False) if abs(near - at) < 64 else (at, True)
-        cuts.append((at, tokenizer.encode(" " + needle if sentence else needle + "\n\n")))
+        # its own paragraph, or inside one where sentences meet; the place nearest to the depth
+        places = borders if same_line else lines
+        want = depth * len(ids)
+        at = int(places[np.abs(places - want).argmin()]) if len(places) else 0
+        at = 0 if want < abs(at - want) else at
+        cuts.append((at, pair[1] if at and after[at - 1] == 2 else pair[0]))
     cuts.sort(key=lambda cut: cut[0])
-    parts, last = [], 0
+    parts, start = [], 0
     for at, planted in cuts:
-        parts += [ids[last:at], planted]
-        last = at
-    return np.concatenate([*parts, ids[last:], gap]).astype(np.int32)
+        parts += [ids[start:at], planted]
+        start = at
+    ending = "\n\n" + "".join(n + "\n\n" for n in last)
+    rest = ids[start:]
+    # cutting a sentence short before a blank line must give the ids that the text itself gives
+    parts += haystack.closed(rest, ending) if len(rest) else [tokenizer.encode(ending.lstrip())]
+    return np.concatenate(parts).astype(np.int32)
 
 
 def needle_prompts(
@@ -337,7 +369,7 @@ def needle_prompts(
     answer to hold the number. Evaluation numbers only.
     """
     if form not in ("plain", "chat"):
-        raise UserError(f"form is {form!r}", "it is plain or chat", "pass one of them")
+        raise UserError(f"form is {form!r}.", "It is 'plain' or 'chat'.", "Pass one of them.")
     stack = haystack_ids if isinstance(haystack_ids, Haystack) else Haystack(tokenizer, haystack_ids)
     encode = tokenizer.encode
     bos = tokenizer.id_of("<beginning_of_sentence>")
