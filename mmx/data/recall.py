@@ -202,33 +202,20 @@ class RecallSampler:
     def sample(self, index: int, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 [n] and a bool mask [n] of the answer's tokens, n <= max_tokens.
 
-        Lengths are log-uniform from 64 to max_tokens. Raises UserError if max_tokens < 64.
+        Lengths are log-uniform from 64 to max_tokens. Raises UserError if max_tokens < 128.
         """
-        if max_tokens < 64:
+        if max_tokens < 128:
             raise UserError(
-                f"max_tokens is {max_tokens}.", "A recall sample needs at least 64.", "Raise it."
+                f"max_tokens is {max_tokens}.", "A recall sample needs at least 128.", "Raise it."
             )
         rng = np.random.default_rng((self.seed, index))
-        length = int(np.exp(rng.uniform(np.log(64), np.log(max_tokens + 1))))
-        length = min(max(length, 64), max_tokens)
-        kind = int(np.searchsorted(self._cumulative, rng.random(), side="right"))
-        kind = min(kind, len(self._kinds) - 1)
-        chat = bool(rng.random() < 0.4)
-        make = self._kinds[kind][1]
-        ids, mask = make(rng, length, chat)
-        tries = 0
-        while len(ids) > max_tokens:
-            # Estimates of lengths in characters can miss: the same task, shorter; a task that
-            # can not be that short gives way to one bare needle.
-            tries += 1
-            length = max(32, length - (len(ids) - max_tokens) - 16)
-            if tries > 4:
-                make, length, chat = self._needle, 32, False
-            if tries > 64:
-                raise UserError(f"No recall task fits {max_tokens} tokens of this tokenizer.",
-                                "Question and answer alone are longer.", "Raise max_tokens.")
-            ids, mask = make(rng, length, chat)
-        return ids, mask
+        while True:
+            length = int(np.exp(rng.uniform(np.log(64), np.log(max_tokens + 1))))
+            kind = int(np.searchsorted(self._cumulative, rng.random() * self._cumulative[-1]))
+            ids, mask = self._kinds[kind][1](rng, length, bool(rng.random() < 0.4))
+            # lengths in characters are estimates: the rare sample that is too long is drawn anew
+            if len(ids) <= max_tokens:
+                return ids, mask
 
     # every task builds a frame (head, question, answer) and a context to put in it
 
