@@ -11,8 +11,10 @@ from extract import Block
 _MAP = str.maketrans(
     {
         "\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u00b4": "'", "\u2032": "'",
-        "\u2013": "-", "\u2014": " - ", "\u2010": "-", "\u2011": "-", "\u2212": "-", "\u2026": "...",
-        "\u00a0": " ", "\u00ad": None, "\u200b": None, "\u2022": "-", "\u2192": "->", "\ufeff": None,
+        "\u2013": "-", "\u2014": " - ", "\u2010": "-", "\u2011": "-", "\u2212": "-",
+        "\u2026": "...",
+        "\u00a0": " ", "\u00ad": None, "\u200b": None, "\u2022": "-", "\u2192": "->",
+        "\ufeff": None,
         "\u00b6": None, "\u21b5": None, "\u00ab": '"', "\u00bb": '"', "\u201e": '"', "\u2122": None,
         "\u00ae": None, "\u200e": None, "\u2060": None,
     }
@@ -37,8 +39,10 @@ _LEGAL = re.compile(
 _ODD = re.compile(r"[{}<>=|\\_@#$%^*~/\[\]+&`]")
 _IDENT = re.compile(r"\w*_\w+|\w+::\w+|\w*[a-z][A-Z]\w*|\w+\(\)|\S*/\S+/\S*|--\w+|\w+\.\w+\.\w+")
 _NUMBERING = re.compile(
-    r"^(?:(?:Chapter|Appendix|Section|Part) +)?(?:\d+(?:\.\d+)*|[A-Z](?:\.\d+)+|[IVX]+)[.:]* +(?=[A-Z])"
+    r"^(?:(?:Chapter|Appendix|Section|Part) +)?(?:\d+(?:\.\d+)*|[A-Z](?:\.\d+)+|[IVX]+)[.:]* +"
+    r"(?=[A-Z])"
 )
+_DULL = re.compile(r"(?i)(see also|index|contents|author|license|copying|name|synopsis)")
 _ENDING = re.compile(r"[.!?:][\"')]*$")
 
 
@@ -89,7 +93,7 @@ def is_heading(text: str) -> bool:
         and text[0].isupper()
         and sum(c.isalpha() or c == " " for c in text) >= 0.95 * len(text)
         and not _IDENT.search(text)
-        and not re.match(r"(?i)(see also|index|contents|author|license|copying|name|synopsis)", text)
+        and not _DULL.match(text)
     )
 
 

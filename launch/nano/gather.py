@@ -55,6 +55,8 @@ def licences(root: pathlib.Path, package: str) -> list[str]:
         path = found[0]
     text = path.read_text(errors="replace")
     names = {m.strip() for m in re.findall(r"(?mi)^Licen[sc]e:[ \t]*(\S[^\n]*)", text)}
+    # some files put whole sentences in the field; a name is short
+    names = {n for n in names if len(n) < 60 and not re.search(r"(?i)permission|copy|by obt", n)}
     if not names:
         known = {
             "GPL": r"general public licen[sc]e|GNU GPL", "LGPL": r"lesser general public",
@@ -177,7 +179,9 @@ def main() -> None:
     seen: set[bytes] = set()
     train, heldout, entries = [], [], []
     with multiprocessing.Pool(args.processes) as pool:
-        for (package, _, cap), (entry, files) in zip(jobs, pool.imap(read_package, jobs)):
+        for (package, _, cap), (entry, files) in zip(
+            jobs, pool.imap(read_package, jobs), strict=True
+        ):
             if entry["section"].startswith(("non-free", "contrib")) or not entry["licences"]:
                 print(f"gather: {package}: no clear free licence, left out", file=sys.stderr)
                 continue

@@ -16,25 +16,26 @@ import numpy as np
 from mmx.errors import UserError
 
 CITIES = (
-    "Accra Adelaide Algiers Amman Amsterdam Ankara Antwerp Athens Auckland Baku Bangkok Barcelona "
-    "Beirut Belgrade Bergen Berlin Bilbao Bogota Bologna Boston Brasilia Bremen Bristol Brussels "
-    "Bucharest Budapest Cairo Calgary Canberra Caracas Cardiff Chennai Chicago Cologne Colombo "
-    "Copenhagen Cordoba Cracow Dakar Dallas Delhi Denver Dhaka Doha Dresden Dublin Durban Edmonton "
-    "Florence Geneva Genoa Ghent Glasgow Granada Graz Hamburg Hanoi Harare Havana Helsinki Houston "
-    "Istanbul Jakarta Kabul Kampala Karachi Kiev Kingston Kyoto Lagos Lahore Leipzig Lima Lisbon "
-    "Ljubljana London Lusaka Lyon Madrid Malaga Manila Maputo Marseille Melbourne Memphis Miami "
-    "Milan Minsk Monaco Montreal Moscow Mumbai Munich Nairobi Naples Nicosia Odessa Oslo Ottawa "
-    "Oxford Palermo Panama Paris Perth Porto Prague Quito Rabat Riga Rome Rotterdam Salzburg "
-    "Santiago Seattle Seoul Seville Singapore Skopje Sofia Stockholm Sydney Tallinn Tampere Tbilisi "
-    "Tehran Tokyo Toronto Toulouse Trieste Tripoli Tunis Turin Utrecht Valencia Vancouver Venice "
-    "Vienna Vilnius Warsaw Wellington York Zagreb Zurich"
+    "Accra Adelaide Algiers Amman Amsterdam Ankara Antwerp Athens Auckland Baku Bangkok "
+    "Barcelona Beirut Belgrade Bergen Berlin Bilbao Bogota Bologna Boston Brasilia Bremen "
+    "Bristol Brussels Bucharest Budapest Cairo Calgary Canberra Caracas Cardiff Chennai "
+    "Chicago Cologne Colombo Copenhagen Cordoba Cracow Dakar Dallas Delhi Denver Dhaka Doha "
+    "Dresden Dublin Durban Edmonton Florence Geneva Genoa Ghent Glasgow Granada Graz Hamburg "
+    "Hanoi Harare Havana Helsinki Houston Istanbul Jakarta Kabul Kampala Karachi Kiev "
+    "Kingston Kyoto Lagos Lahore Leipzig Lima Lisbon Ljubljana London Lusaka Lyon Madrid "
+    "Malaga Manila Maputo Marseille Melbourne Memphis Miami Milan Minsk Monaco Montreal "
+    "Moscow Mumbai Munich Nairobi Naples Nicosia Odessa Oslo Ottawa Oxford Palermo Panama "
+    "Paris Perth Porto Prague Quito Rabat Riga Rome Rotterdam Salzburg Santiago Seattle Seoul "
+    "Seville Singapore Skopje Sofia Stockholm Sydney Tallinn Tampere Tbilisi Tehran Tokyo "
+    "Toronto Toulouse Trieste Tripoli Tunis Turin Utrecht Valencia Vancouver Venice Vienna "
+    "Vilnius Warsaw Wellington York Zagreb Zurich"
 ).split()
 NAMES = (
-    "Ada Alan Alice Amara Andrei Anna Arjun Barbara Ben Carla Chen Clara Daniel Diego Dmitri Edsger "
-    "Elena Emil Emma Farid Fatima Frank Grace Greta Hana Hassan Helen Hugo Ian Ines Ivan Jack Jana "
-    "Joan John Julia Kofi Kurt Lars Laura Leila Lena Linus Maria Mark Martin Maya Mei Nadia Nina "
-    "Noah Olga Omar Oscar Paul Petra Priya Rosa Ruth Sam Sara Simon Sofia Tariq Thomas Uma Vera "
-    "Victor Wei Yara Yusuf Zoe"
+    "Ada Alan Alice Amara Andrei Anna Arjun Barbara Ben Carla Chen Clara Daniel Diego Dmitri "
+    "Edsger Elena Emil Emma Farid Fatima Frank Grace Greta Hana Hassan Helen Hugo Ian Ines "
+    "Ivan Jack Jana Joan John Julia Kofi Kurt Lars Laura Leila Lena Linus Maria Mark Martin "
+    "Maya Mei Nadia Nina Noah Olga Omar Oscar Paul Petra Priya Rosa Ruth Sam Sara Simon Sofia "
+    "Tariq Thomas Uma Vera Victor Wei Yara Yusuf Zoe"
 ).split()
 _ONSETS = "b c d f g h j k l m n p r s t v w z br cl dr fl gr kr pl qu sh sk st th tr zh".split()
 _VOWELS = "a e i o u ai ee ou ia oa".split()
@@ -120,7 +121,9 @@ class Haystack:
         self._ends: dict[tuple[int, str], np.ndarray | None] = {}
         parts: list[np.ndarray] = []
         for doc in docs:
-            ids = np.asarray(tokenizer.encode(doc, allow_special=False) if isinstance(doc, str) else doc)
+            if isinstance(doc, str):
+                doc = tokenizer.encode(doc, allow_special=False)
+            ids = np.asarray(doc)
             if len(ids):
                 parts += self.closed(ids, "\n\n")
         if not parts:
@@ -197,7 +200,8 @@ class RecallSampler:
         bos = tokenizer.id_of("<beginning_of_sentence>")
         self._eos = tokenizer.id_of("<end_of_sentence>")
         self._user = [bos, *tokenizer.encode("user name=user\n")]
-        self._turn = [self._eos, *tokenizer.encode("\n"), bos, *tokenizer.encode("ai name=assistant\n")]
+        self._turn = [self._eos, *tokenizer.encode("\n"), bos]
+        self._turn += tokenizer.encode("ai name=assistant\n")
 
     def sample(self, index: int, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 [n] and a bool mask [n] of the answer's tokens, n <= max_tokens.
@@ -282,7 +286,8 @@ class RecallSampler:
         frame = self._frame(question, "String:", answer, chat)
         size = length - len(body) - sum(map(len, frame))
         fill = self._plant(rng, [], size) if size > 24 else []
-        return self._join(frame, np.concatenate([body, fill] if rng.random() < 0.5 else [fill, body]))
+        parts = [body, fill] if rng.random() < 0.5 else [fill, body]
+        return self._join(frame, np.concatenate(parts))
 
     def _paragraph(self, rng, length, chat):
         size = max(16, min(length // 2 - 24, int(rng.integers(16, 257))))
@@ -357,7 +362,9 @@ def needle_prompts(
     """
     if form not in ("plain", "chat"):
         raise UserError(f"form is {form!r}.", "It is 'plain' or 'chat'.", "Pass one of them.")
-    stack = haystack_ids if isinstance(haystack_ids, Haystack) else Haystack(tokenizer, haystack_ids)
+    stack = haystack_ids
+    if not isinstance(stack, Haystack):
+        stack = Haystack(tokenizer, stack)
     encode = tokenizer.encode
     bos = tokenizer.id_of("<beginning_of_sentence>")
     eos = tokenizer.id_of("<end_of_sentence>")

@@ -8,8 +8,12 @@ import pytest
 
 import mmx
 from mmx.data.recall import (
-    Haystack, RecallSampler, is_eval_number, needle_prompts, plant,
-)  # fmt: skip
+    Haystack,
+    RecallSampler,
+    is_eval_number,
+    needle_prompts,
+    plant,
+)
 from mmx.errors import UserError
 from mmx.text import load_tokenizer
 
@@ -19,7 +23,9 @@ SENTENCES = (
     "A server answers requests from its clients. Each request names a resource. ",
     "Options may be given in any order. Most of them have a long form, too. ",
 )
-DOCS = ["\n\n".join(SENTENCES[(i + j) % 3] * (1 + (i + j) % 4) for j in range(9)) for i in range(40)]
+DOCS = [
+    "\n\n".join(SENTENCES[(i + j) % 3] * (1 + (i + j) % 4) for j in range(9)) for i in range(40)
+]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +130,8 @@ def test_needle_prompts_fill_the_length_at_the_depth(tokenizer, form, length):
 
 def test_needle_prompts_repeat_and_differ_by_seed(tokenizer):
     one, two, three = (
-        [p.ids.tolist() for p in needle_prompts(tokenizer, DOCS, 256, [0.4], 3, s)] for s in (1, 1, 2)
+        [p.ids.tolist() for p in needle_prompts(tokenizer, DOCS, 256, [0.4], 3, seed)]
+        for seed in (1, 1, 2)
     )
     assert one == two and one != three
 
