@@ -55,7 +55,7 @@ class Settings:
     eval_every: int = _of("eval_every", "Steps between evaluations; 0: only at the end.", low=0)
     save_every: int = _of("save_every", "Steps between checkpoints; 0: only at the end.", low=0)
     keep: int = _of("keep", "Checkpoints kept.", low=1)
-    max_minutes: float = _of("max_minutes", "Save and stop before this much time is used; 0: never.",
+    max_minutes: float = _of("max_minutes", "Save and stop before this much time is up; 0: never.",
                              low=0)
     export: str = _of("export", "When to write the weights in the published layout.",
                       choices=EXPORTS)

@@ -88,7 +88,7 @@ class PackedSamples:
 
     slots = 64
 
-    def __init__(self, sampler, seq_len: int, min_tokens: int = 64):
+    def __init__(self, sampler, seq_len: int, min_tokens: int = 128):
         self.sampler, self.seq_len = sampler, seq_len
         self.min_tokens = min(min_tokens, seq_len)
 

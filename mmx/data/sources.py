@@ -132,7 +132,7 @@ def tokenizer_fingerprint(directory: str | os.PathLike) -> str:
 
 
 def cache_key(files: Sequence[Path], fingerprint: str, eos_id: int) -> str:
-    """Names a cache by the bytes of its files, the tokenizer and the separator; paths do not count."""
+    """Names a cache by its files' bytes, the tokenizer and the separator; paths do not count."""
     digest = hashlib.sha256(f"{CACHE_VERSION}:{fingerprint}:{eos_id}".encode())
     for path in files:
         try:

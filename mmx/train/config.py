@@ -7,7 +7,7 @@ from typing import Any
 from mmx.data.pipeline import TEXT, SourceConfig
 from mmx.errors import UserError
 
-WSD, COSINE, CONSTANT = "wsd", "cosine", "constant"
+SCHEDULES = WSD, COSINE, CONSTANT = "wsd", "cosine", "constant"
 EXPORTS = ("end", "stop", "never")
 DTYPES = ("bfloat16", "float32")
 
@@ -42,7 +42,7 @@ class OptimizerConfig:
     def __post_init__(self):
         _check("Optimizer", self, (
             ("peak_lr", self.peak_lr > 0 and math.isfinite(self.peak_lr), "above 0"),
-            ("schedule", self.schedule in (WSD, COSINE, CONSTANT), f"{WSD}, {COSINE} or {CONSTANT}"),
+            ("schedule", self.schedule in SCHEDULES, " or ".join(SCHEDULES)),
             ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
             ("decay_fraction", 0 <= self.decay_fraction <= 1, "between 0 and 1"),
             ("final_fraction", 0 < self.final_fraction <= 1, "above 0 and at most 1"),

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from mmx import config as geometry
-from mmx import model
+from mmx import flops, model
 from mmx.data import pipeline
 from mmx.data.sources import open_cache
 from mmx.errors import UserError
@@ -71,7 +71,7 @@ class _Run:
         self.run = Path(config.run)
         self.mesh = steps.data_mesh()
         self._check_devices()
-        self.optimizer = make_optimizer(config.optimizer, config.steps)
+        self.optimizer = make_optimizer(config.optimizer)
         self.plan = self._plan(config.sources, config.seq_len)
         self.eval_plans = [self._plan([each.source], each.seq_len or config.seq_len, shuffle=False)
                            for each in config.evals]
@@ -79,7 +79,7 @@ class _Run:
                     else model_config.router_aux_loss_coef)
         self.how = steps.StepConfig(config.dtype, config.accumulate, aux_coef, config.z_coef,
                                     config.remat, len(config.sources))
-        self.update = steps.make_train_step(model_config, config.optimizer, config.steps, self.how)
+        self.update = steps.make_train_step(model_config, config.optimizer, self.how)
         self.evaluate_batch = steps.make_eval_step(model_config, self.how)
         self.rate_at = learning_rate(config.optimizer, config.steps)
         self.evaluation: dict = {}
@@ -182,27 +182,28 @@ class _Run:
                 meter.add(metrics)
 
         with self._signals(), contextlib.closing(batches):
-            saved_at = step
+            first = step + 1
             while step < config.steps:
                 batch = steps.put_batch(self.mesh, next(batches))
-                state, metrics = self.update(state, batch)
+                state, metrics = self.update(state, batch, self.rate_at(step))
                 step, rows = step + 1, rows + config.batch
                 pending.append((step, metrics))
                 settle(_IN_FLIGHT)
-                if step == saved_at + 1:  # the first step compiles
+                if step == first:  # it compiles
                     settle(0)
                     meter.start()
-                if step % config.log_every == 0 and step > saved_at + 1:
+                if step % config.log_every == 0:
+                    settle(0)
                     self._log(step, meter)
                 if config.eval_every and step % config.eval_every == 0:
                     settle(0)
-                    self._evaluate(step, state.params)
-                    meter.start()
+                    with meter.paused():
+                        self._evaluate(step, state.params)
                 why = self._why_stop(step)
                 if why or config.save_every and step % config.save_every == 0:
                     settle(0)
-                    self._save(step, state, rows)
-                    meter.start()
+                    with meter.paused():
+                        self._save(step, state, rows)
                 if why:
                     break
             settle(0)
@@ -255,9 +256,10 @@ class _Run:
         caches = [open_cache(path) for path in self.plan.caches]
         per_byte = [cache.tokens_per_byte if source.kind == pipeline.TEXT else math.nan
                     for cache, source in zip(caches, self.config.sources, strict=True)]
-        flops, peak = _flops(self.model_config, self.config.seq_len, self.mesh.devices.size)
+        peak = self.mesh.devices.size * flops.peak_flops(self.mesh.devices.flat[0].device_kind)
         return Meter([source.name for source in self.config.sources], per_byte,
-                     self.config.batch * self.config.seq_len, flops, peak)
+                     self.config.batch * self.config.seq_len,
+                     flops.train_flops(self.model_config, self.config.seq_len), peak)
 
     def _check_finite(self, number: int, metrics) -> None:
         for name in ("loss", "grad_norm"):
@@ -338,12 +340,3 @@ class _Run:
             log.note(f"  {source.name}: {source.kind}, {cache.num_docs:,} documents, "
                      f"{cache.num_tokens / 1e6:,.2f} M tokens, "
                      f"{1 / cache.tokens_per_byte:.2f} bytes per token, weight {source.weight:g}")
-
-
-def _flops(model_config, seq_len: int, devices: int) -> tuple[float, float]:
-    """Training floating-point operations per token, and the devices' peak; zeros if unknown."""
-    try:
-        from mmx import flops
-    except ImportError:
-        return 0.0, 0.0
-    return 0.0, 0.0

@@ -1,5 +1,6 @@
 """What a run says: one JSON line per report in the run's folder, and the same for people."""
 
+import contextlib
 import json
 import math
 import os
@@ -24,8 +25,15 @@ class Meter:
         self.start()
 
     def start(self) -> None:
-        """Begins a new span of time; what the loop does besides steps is left out this way."""
+        """Begins a new span of steps."""
         self.began, self.steps, self.sums = time.monotonic(), 0, {}
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Leaves the time of what the loop does besides steps out of the rate."""
+        at = time.monotonic()
+        yield
+        self.began += time.monotonic() - at
 
     def add(self, metrics: Mapping[str, np.ndarray]) -> None:
         self.steps += 1

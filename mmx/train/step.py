@@ -120,22 +120,25 @@ def gradients(config: ModelConfig, how: StepConfig, params, batch: Batch):
 
 
 @functools.lru_cache(maxsize=8)
-def make_train_step(config: ModelConfig, rule: OptimizerConfig, total_steps: int,
-                    how: StepConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Mapping]]:
-    """Returns the jitted update (state, batch) -> (state, metrics); the state's buffers are reused.
+def make_train_step(config: ModelConfig, rule: OptimizerConfig, how: StepConfig
+                    ) -> Callable[[TrainState, Batch, float], tuple[TrainState, Mapping]]:
+    """Returns the jitted update (state, batch, learning rate) -> (state, metrics).
+
+    The state's buffers are reused.
 
     Metrics, float32 scalars unless said: loss (weighted mean nll in nats), balance, grad_norm
     (before clipping), and per source [num_sources]: nll, targets, right (sums).
     """
 
-    optimizer = make_optimizer(rule, total_steps)
+    optimizer = make_optimizer(rule)
 
-    def update(state: TrainState, batch: Batch):
+    def update(state: TrainState, batch: Batch, rate):
         grads, metrics = gradients(config, how, state.params, batch)
         changes, opt = optimizer.update(grads, state.opt, state.params)
         squares = [jnp.sum(leaf * leaf) for leaf in jax.tree.leaves(grads)]
         metrics["grad_norm"] = jnp.sqrt(sum(squares))
-        return TrainState(optax.apply_updates(state.params, changes), opt, state.step + 1), metrics
+        params = jax.tree.map(lambda leaf, change: leaf + rate * change, state.params, changes)
+        return TrainState(params, opt, state.step + 1), metrics
 
     return jax.jit(update, donate_argnums=0)
 

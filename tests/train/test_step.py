@@ -1,5 +1,7 @@
 """Loss and gradients: chunked as whole, accumulated as at once, packed as apart."""
 
+import dataclasses
+import functools
 from functools import partial
 
 import jax
@@ -15,11 +17,16 @@ from mmx.train.optimizer import make_optimizer
 from tests import tolerances
 from tests.train import tiny
 
-HOW = steps.StepConfig(dtype="float32", aux_coef=0.0, z_coef=1e-3)
+HOW = steps.StepConfig(dtype="float32", aux_coef=0.0, z_coef=1e-3, num_sources=2)
+
+
+@functools.cache
+def compiled(how, chunk):
+    return jax.jit(partial(steps.gradients, tiny.CONFIG, how))
 
 
 def gradients(how, params, batch):
-    return jax.jit(partial(steps.gradients, tiny.CONFIG, how))(params, batch)
+    return compiled(how, losses._LOGITS_AT_ONCE)(params, batch)
 
 
 def assert_same(ones, others, kind="gradient"):
@@ -28,7 +35,7 @@ def assert_same(ones, others, kind="gradient"):
 
 
 def test_loss_equals_the_plain_formula():
-    params, batch = tiny.params(), tiny.batch(3, 24, sources=2)
+    params, batch = tiny.params(), tiny.batch(6, 24, sources=2)
     logits, _ = model.forward(tiny.CONFIG, params, batch.tokens_BS[:, :-1],
                               starts_BT=batch.starts_BT)
     logits = np.asarray(logits, np.float64)
@@ -36,8 +43,7 @@ def test_loss_equals_the_plain_formula():
     lse = peak + np.log(np.exp(logits - peak[..., None]).sum(-1))
     target = np.take_along_axis(logits, batch.tokens_BS[:, 1:, None], -1)[..., 0]
     nll = lse - target
-    how = steps.StepConfig(dtype="float32", num_sources=2)
-    _, metrics = gradients(how, params, batch)
+    _, metrics = gradients(HOW, params, batch)
     weight = batch.weights_BT
     expected = {"loss": (nll * weight).sum() / weight.sum(),
                 "nll": [(nll * (weight > 0))[i::2].sum() for i in range(2)],
@@ -50,10 +56,10 @@ def test_loss_equals_the_plain_formula():
 
 
 def test_chunked_loss_equals_the_loss_at_once(monkeypatch):
-    params, batch = tiny.params(), tiny.batch(3, 24)
+    params, batch = tiny.params(), tiny.batch(6, 24)
     at_once = gradients(HOW, params, batch)
-    assert losses.chunk_tokens(3 * 24, 260) == 3 * 24
-    monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", 4 * 260 * 3 * 7)
+    assert losses.chunk_tokens(6 * 24, 260) == 6 * 24
+    monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", 4 * 260 * 6 * 7)
     chunked = gradients(HOW, params, batch)
     tolerances.assert_close(chunked[1]["loss"], at_once[1]["loss"], "kernel")
     assert_same(chunked[0], at_once[0])
@@ -61,9 +67,8 @@ def test_chunked_loss_equals_the_loss_at_once(monkeypatch):
 
 def test_accumulation_equals_the_big_batch():
     params, batch = tiny.params(), tiny.batch(6, 24, sources=2)
-    how = dict(dtype="float32", aux_coef=0.0, num_sources=2)
-    whole = gradients(steps.StepConfig(**how), params, batch)
-    parts = gradients(steps.StepConfig(accumulate=3, **how), params, batch)
+    whole = gradients(HOW, params, batch)
+    parts = gradients(dataclasses.replace(HOW, accumulate=3), params, batch)
     assert_same(parts[0], whole[0])
     for name in ("loss", "nll", "targets", "right"):
         tolerances.assert_close(parts[1][name], whole[1][name], "kernel", what=name)
@@ -96,8 +101,8 @@ def test_packed_samples_get_the_gradients_of_separate_ones():
 
 
 def test_balance_loss_evens_out_the_router():
-    params, batch = tiny.params(), tiny.batch(4, 32)
-    how = steps.StepConfig(dtype="float32", aux_coef=1.0)
+    params, batch = tiny.params(), tiny.batch(6, 24)
+    how = dataclasses.replace(HOW, aux_coef=1.0)
     grads, metrics = gradients(how, params, batch)
     routers = {path: leaf for path, leaf in grads.items() if path.endswith("router")}
     moved = {path: leaf - 0.3 * routers.get(path, 0) for path, leaf in params.items()}
@@ -105,13 +110,12 @@ def test_balance_loss_evens_out_the_router():
 
 
 def test_bfloat16_compute_keeps_float32_masters_and_learns():
-    config = OptimizerConfig(peak_lr=1e-2, schedule="constant", warmup_steps=0)
-    optimizer = make_optimizer(config, 40)
-    update = steps.make_train_step(tiny.CONFIG, optimizer, steps.StepConfig())
-    state, batch = steps.init_state(tiny.params(), optimizer), tiny.batch(4, 32)
+    rule = OptimizerConfig()
+    update = steps.make_train_step(tiny.CONFIG, rule, steps.StepConfig())
+    state, batch = steps.init_state(tiny.params(), make_optimizer(rule)), tiny.batch(6, 24)
     seen = []
     for _ in range(40):
-        state, metrics = update(state, batch)
+        state, metrics = update(state, batch, np.float32(1e-2))
         seen.append(float(metrics["loss"]))
     assert seen[-1] < 0.6 * seen[0] and np.isfinite(seen).all()
     assert {leaf.dtype for leaf in state.params.values()} == {jnp.dtype("float32")}

@@ -1,6 +1,9 @@
 """A model of two layers and batches of random tokens, small enough to compile in seconds."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mmx import model
@@ -12,8 +15,14 @@ CONFIG = preset("nano").replace(
     head_dim=8, rotary_dim=4, expert_dim=8, num_experts=4)
 
 
+@functools.cache
+def _params(seed):
+    return jax.device_get(model.init_params(CONFIG, jax.random.key(seed)))
+
+
 def params(seed=0):
-    return model.init_params(CONFIG, jax.random.key(seed))
+    """Drawn once: a step may reuse the buffers of what it is given."""
+    return jax.tree.map(jnp.asarray, _params(seed))
 
 
 def batch(rows, seq_len, seed=0, sources=1):
