@@ -56,7 +56,9 @@ def licences(root: pathlib.Path, package: str) -> list[str]:
     text = path.read_text(errors="replace")
     names = {m.strip() for m in re.findall(r"(?mi)^Licen[sc]e:[ \t]*(\S[^\n]*)", text)}
     # some files put whole sentences in the field; a name is short
-    names = {n for n in names if len(n) < 60 and not re.search(r"(?i)permission|copy|by obt", n)}
+    names = {
+        n for n in names if len(n.split()) < 8 and not re.search(r"(?i)permission|copy|by obt", n)
+    }
     if not names:
         known = {
             "GPL": r"general public licen[sc]e|GNU GPL", "LGPL": r"lesser general public",
@@ -209,7 +211,7 @@ def main() -> None:
             "documents": len(records),
             "text_bytes": len(text),
         }
-        if name == "heldout":
+        if name == "heldout" and text:
             packed = len(lzma.compress(text, preset=9))
             manifest["files"][path.name]["xz9_bits_per_byte"] = round(8 * packed / len(text), 4)
     body = json.dumps(manifest, indent=1) + "\n"
