@@ -5,6 +5,7 @@ Tokens stream to stdout as they come; speed and memory are told on stderr.
 
 import dataclasses
 import json
+import os
 import sys
 import time
 
@@ -57,6 +58,8 @@ def run(call) -> None:
     if prompt is None and settings.json:
         raise UserError("--json has no prompt.", "A chat on a terminal is for people.",
                         "Add --prompt=TEXT.")
+    if settings.output:
+        _check_folder(os.path.dirname(settings.output) or ".")
     enable_compilation_cache(settings.compilation_cache)
     from mmx.cli.session import Session
 
@@ -93,6 +96,12 @@ def run(call) -> None:
 
         write_text(settings.output, text)
         call.save(settings.output + ".config.gin")
+
+
+def _check_folder(folder: str) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"The folder '{folder}' of --output cannot be written to.",
+                        "It must exist, with the right to write in it.", "Make it first.")
 
 
 def _to_stdout(piece: str) -> None:

@@ -79,9 +79,13 @@ def load(settings):
 
     dtype = settings.dtype or default_dtype()
     if settings.random_weights:
-        config = (preset(settings.model) if settings.model in preset_names()
-                  else load_config(settings.model))
-        return config, _random_params(config, settings, dtype), load_tokenizer(locate("nano"))
+        if settings.model in preset_names():
+            # Any tokenizer will do: what comes out means nothing.
+            config, tokenizer = preset(settings.model), load_tokenizer(locate("nano"))
+        else:
+            config = load_config(settings.model)
+            tokenizer = load_tokenizer(locate(settings.model))
+        return config, _random_params(config, settings, dtype), tokenizer
     tokenizer = load_tokenizer(locate(settings.model))
     with Progress(None, "parameters", title="load") as bar:
         config, params = load_params(

@@ -21,7 +21,6 @@ def refused(mmx, model, *words, argv=("--prompt=ab",)):
     assert code == 2 and out == "", (out, err)
     for word in words:
         assert word in err
-    assert len(err.splitlines()[-1]) > 40
 
 
 def test_truncated_shard(mmx, model):
@@ -42,12 +41,8 @@ def test_missing_shard(mmx, model):
 
 
 def test_wrong_dtype(mmx, tmp_path):
-    config = tiny.config()
-    weights = tiny.tensors(config)
-    name = "model.norm.weight"
-    weights[name] = weights[name].astype(np.float32)
-    path = tiny.write_checkpoint(tmp_path / "model", config, weights=weights, dtype="int32")
-    refused(mmx, path, name, "I32")
+    path = tiny.write_checkpoint(tmp_path / "model", tiny.config(), dtype="int32")
+    refused(mmx, path, "model.embed_tokens.weight: I32, not one of BF16, F16, F32")
 
 
 def test_wrong_shape_and_missing_tensor_are_listed_together(mmx, tmp_path):
@@ -144,9 +139,8 @@ def test_conversion_onto_other_files(mmx, model, tmp_path):
 
 
 def test_output_that_cannot_be_written(mmx, model):
-    code, _, err = mmx("generate", f"--model={model}", "--prompt=ab", "--max_tokens=2",
-                       "--output=/no/such/dir/x")
-    assert code == 2 and "No such file or directory" in err
+    refused(mmx, model, "The folder '/no/such/dir' of --output",
+            argv=("--prompt=ab", "--output=/no/such/dir/x"))
 
 
 def test_batch_with_a_broken_line(mmx, model, tmp_path):

@@ -1,10 +1,13 @@
+import contextlib
 import io
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 
+from mmx.cli.main import main
 from mmx.config import ModelConfig
 from mmx.model import forward
 from tests import tiny
@@ -22,55 +25,57 @@ def report(mmx, checkpoint, *argv):
     return json.loads(out)
 
 
-def test_text_streams_to_stdout_and_figures_to_stderr(mmx, checkpoint):
+@pytest.fixture(scope="module")
+def greedy(checkpoint):
+    """The report on one greedy answer, that other tests compare with."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        main(["generate", f"--model={checkpoint}", "--max_tokens=6", "--json", "--logprobs=2",
+              "--prompt=Once upon"])
+    return json.loads(out.getvalue())
+
+
+def test_text_streams_to_stdout_and_figures_to_stderr(mmx, checkpoint, greedy):
     code, out, err = run(mmx, checkpoint, "--prompt=Once upon")
-    assert code == 0 and out.endswith("\n")
+    assert (code, out) == (0, greedy["text"] + "\n")
     config, figures = err.splitlines()
     assert config == f"config: generate model={str(checkpoint)!r} max_tokens=6 prompt='Once upon'"
     for words in ("9 → 6 tokens (length)", "loaded in", "first token", "tok/s", "peak memory"):
         assert words in figures
-    assert out[:-1] == report(mmx, checkpoint, "--prompt=Once upon")["text"]
 
 
-def test_ids_are_the_models_own_greedy_choice(mmx, checkpoint):
+def test_ids_are_the_models_own_greedy_choice(checkpoint, greedy):
     config = ModelConfig.from_hf(json.loads((checkpoint / "config.json").read_text()))
     params = tiny.params(config, tiny.tensors(config))
-    ids = list(b"Once upon")
-    for _ in range(6):
-        logits_BTV, _ = forward(config, params, np.array([ids], np.int32))
-        ids.append(int(np.argmax(logits_BTV[0, -1])))
-    assert report(mmx, checkpoint, "--prompt=Once upon")["ids"] == ids[9:]
+    ids = [*b"Once upon", *greedy["ids"]]
+    logits_BTV, _ = forward(config, params, np.array([ids], np.int32))
+    assert np.argmax(logits_BTV[0, 8:-1], -1).tolist() == greedy["ids"]
 
 
-def test_json_report(mmx, checkpoint):
-    found = report(mmx, checkpoint, "--prompt=ab", "--logprobs=2")
-    assert set(found) == {"model", "text", "ids", "finish_reason", "usage", "timings", "memory",
-                          "logprobs", "config"}
-    assert found["usage"] == {"prompt_tokens": 2, "completion_tokens": 6, "total_tokens": 8}
-    assert found["finish_reason"] == "length" and len(found["ids"]) == 6
-    assert [one["id"] for one in found["logprobs"]] == found["ids"]
-    for one in found["logprobs"]:
+def test_json_report(greedy):
+    assert set(greedy) == {"model", "text", "ids", "finish_reason", "usage", "timings", "memory",
+                           "logprobs", "config"}
+    assert greedy["usage"] == {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15}
+    assert greedy["finish_reason"] == "length" and len(greedy["ids"]) == 6
+    assert [one["id"] for one in greedy["logprobs"]] == greedy["ids"]
+    for one in greedy["logprobs"]:
         assert len(one["top"]) == 2 and one["logprob"] == one["top"][0]["logprob"] < 0
-    assert found["memory"]["host_peak_bytes"] > 1e7
-    assert all(value >= 0 for value in found["timings"].values())
+    assert greedy["memory"]["host_peak_bytes"] > 1e7
+    assert all(value >= 0 for value in greedy["timings"].values())
 
 
-def test_sampling_flags_reach_the_sampler(mmx, checkpoint):
-    hot = ("--prompt=ab", "--temperature=3", "--max_tokens=24")
-    first = report(mmx, checkpoint, *hot, "--seed=1")["ids"]
-    assert first == report(mmx, checkpoint, *hot, "--seed=1")["ids"]
-    assert first != report(mmx, checkpoint, *hot, "--seed=2")["ids"]
-    greedy = report(mmx, checkpoint, "--prompt=ab", "--max_tokens=24")["ids"]
-    assert greedy == report(mmx, checkpoint, *hot, "--top_k=1")["ids"]
-    stopped = report(mmx, checkpoint, "--prompt=ab", f"--stop_token_ids={greedy[2]}")
-    assert stopped["finish_reason"] == "stop" and stopped["ids"] == greedy[:3]
+def test_sampling_flags_reach_the_sampler(mmx, checkpoint, greedy):
+    hot = ("--prompt=Once upon", "--temperature=3")
+    first, second = (report(mmx, checkpoint, *hot, f"--seed={seed}")["ids"] for seed in (1, 2))
+    assert first != second and greedy["ids"] not in (first, second)
+    assert report(mmx, checkpoint, *hot, "--top_k=1")["ids"] == greedy["ids"]
+    stopped = report(mmx, checkpoint, hot[0], f"--stop_token_ids={greedy['ids'][2]}")
+    assert stopped["finish_reason"] == "stop" and stopped["ids"] == greedy["ids"][:3]
 
 
-def test_prompt_file_leaves_out_its_last_line_break(mmx, checkpoint, tmp_path):
-    (tmp_path / "p.txt").write_text("Once\nupon\n")
-    found = report(mmx, checkpoint, f"--prompt_file={tmp_path / 'p.txt'}")
-    assert found == {**report(mmx, checkpoint, "--prompt=Once\nupon"), "config": found["config"],
-                     "timings": found["timings"], "memory": found["memory"]}
+def test_prompt_file_leaves_out_its_last_line_break(mmx, checkpoint, tmp_path, greedy):
+    (tmp_path / "p.txt").write_text("Once upon\n")
+    assert report(mmx, checkpoint, f"--prompt_file={tmp_path / 'p.txt'}")["ids"] == greedy["ids"]
 
 
 @pytest.mark.parametrize("flags", [(), ("--prompt_file=-",)])
@@ -80,13 +85,12 @@ def test_prompt_from_stdin(mmx, checkpoint, monkeypatch, flags):
 
 
 def test_chat_format(mmx, checkpoint, tmp_path):
-    plain = report(mmx, checkpoint, "--prompt=hi")["usage"]["prompt_tokens"]
     chat = report(mmx, checkpoint, "--prompt=hi", "--chat")
     system = report(mmx, checkpoint, "--prompt=hi", "--system=be brief")
     (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
     tools = report(mmx, checkpoint, "--prompt=hi", f"--tools={tmp_path / 'tools.json'}")
     counts = [found["usage"]["prompt_tokens"] for found in (chat, system, tools)]
-    assert plain == 2 < counts[0] < min(counts[1:])
+    assert 2 < counts[0] < min(counts[1:])
     assert chat["tool_calls"] == []
 
 
@@ -102,10 +106,13 @@ def test_output_and_its_config_beside(mmx, checkpoint, tmp_path):
                                                                "answer.txt.config.gin"]
 
 
-def test_random_weights_need_no_checkpoint(mmx):
-    code, out, _ = mmx("generate", "--model=nano", "--random_weights", "--prompt=a", "--json",
-                       "--max_tokens=2", "--ignore_eos")
-    assert code == 0 and len(json.loads(out)["ids"]) == 2
+def test_random_weights_need_no_checkpoint(mmx, checkpoint, tmp_path):
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(checkpoint / name, tmp_path / name)
+    argv = ("generate", f"--model={tmp_path}", "--prompt=a", "--json", "--max_tokens=3")
+    assert mmx(*argv)[0] == 2
+    code, out, _ = mmx(*argv, "--random_weights", "--ignore_eos")
+    assert code == 0 and len(json.loads(out)["ids"]) == 3
 
 
 def test_compilation_cache(checkpoint, monkeypatch, tmp_path):
