@@ -10,13 +10,13 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from mmx.errors import UserError
 
 INDEX = "model.safetensors.index.json"
-DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16),
+DTYPES = {"BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16),
           "F32": np.dtype(np.float32)}
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 _MAX_HEADER = 100 << 20  # the format's own limit

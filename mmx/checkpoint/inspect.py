@@ -90,7 +90,7 @@ def inspect(model: str | Path, layout: str | None = None, dtype: str = "bfloat16
 
         tensors = [TensorInfo(path, shape, kind, math.prod(shape) * jnp.dtype(kind).itemsize)
                    for path, shape, kind in orbax_io.stored_params(folder)]
-        return Report(name, config, tensors, {}, [], True)
+        return Report(name, config, tensors, orbax_io.problems(folder, config), [], True)
     found = check(config, folder)
     tensors = [_info(name_, ref) for name_, ref in sorted(found.files.items(), key=_by_place)]
     return Report(name, config, tensors, found.problems, found.notes, True)

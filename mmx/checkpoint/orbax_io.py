@@ -16,6 +16,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jax.sharding import SingleDeviceSharding
 
 from mmx.checkpoint import atomic
+from mmx.checkpoint.hf_source import summary
 from mmx.checkpoint.locate import ORBAX_CONFIG, copy_tokenizer, read_json
 from mmx.config import ModelConfig
 from mmx.errors import UserError
@@ -96,19 +97,16 @@ def load_model(directory: Path, config: ModelConfig, *, dtype="bfloat16",
     by one.
     """
     directory = Path(directory).absolute()
-    found = {key: shape for key, shape in _shapes(directory).items() if _group(key) == _PARAMS}
-    full, int8 = abstract_params(config, dtype), abstract_params(config, dtype, "int8")
-    tree = {path: int8[path] if f"{_PARAMS}{_SEP}{path}{_SEP}values" in found else spec
-            for path, spec in full.items()}
+    found = _shapes(directory, _PARAMS)
     tree = {path: _with_sharding(path, spec, (shardings or {}).get(path))
-            for path, spec in tree.items()}
+            for path, spec in _as_stored(config, dtype, found).items()}
     wanted = _flatten({_PARAMS: tree})
     _compare(directory, {key: tuple(leaf.shape) for key, leaf in wanted.items()}, found)
     result = {}
     if quantize is None:
         flat = _load(directory, wanted)
         params = jax.tree.unflatten(jax.tree.structure(tree), [flat[key] for key in wanted])
-        return {path: params[path] for path in full}
+        return {path: params[path] for path in tree}
     for path, spec in tree.items():
         part = _flatten({_PARAMS: {path: spec}})
         flat = _load(directory, part)
@@ -128,6 +126,20 @@ def stored_params(directory: Path) -> list[tuple[str, tuple[int, ...], str]]:
              str(jnp.dtype(leaf.dtype)))
             for key, leaf in _metadata(Path(directory).absolute()).items()
             if _group(key) == _PARAMS]
+
+
+def problems(directory: Path, config: ModelConfig) -> dict[str, list[str]]:
+    """What of the saved parameters does not fit `config`, by kind; empty when all does."""
+    found = _shapes(Path(directory).absolute(), _PARAMS)
+    wanted = _flatten({_PARAMS: _as_stored(config, "float32", found)})
+    return _difference({key: tuple(leaf.shape) for key, leaf in wanted.items()}, found)
+
+
+def _as_stored(config: ModelConfig, dtype, found: Mapping) -> dict:
+    """Abstract parameters of `config`, int8 where the names in `found` say so."""
+    int8 = abstract_params(config, dtype, "int8")
+    return {path: int8[path] if f"{_PARAMS}{_SEP}{path}{_SEP}values" in found else spec
+            for path, spec in abstract_params(config, dtype).items()}
 
 
 def _quantized(path: str, value):
@@ -162,8 +174,9 @@ def _group(key: str) -> str:
     return _PARAMS if key.split(_SEP)[0] == _PARAMS else _REST
 
 
-def _shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(leaf.shape) for key, leaf in _metadata(directory).items()}
+def _shapes(directory: Path, group: str | None = None) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(leaf.shape) for key, leaf in _metadata(directory).items()
+            if group in (None, _group(key))}
 
 
 def _metadata(directory: Path) -> dict[str, Any]:
@@ -179,15 +192,21 @@ def _metadata(directory: Path) -> dict[str, Any]:
             for key, leaf in (groups.get(name) or {}).items()}
 
 
+def _difference(wanted: Mapping, found: Mapping) -> dict[str, list[str]]:
+    """Names and shapes that differ, by kind of problem; empty when none does."""
+    problems = {
+        "missing": [key for key in wanted if key not in found],
+        "unknown": [key for key in found if key not in wanted],
+        "wrong shape": [f"{key} is {list(found[key])}, {list(wanted[key])} is needed"
+                        for key in wanted if key in found and found[key] != wanted[key]],
+    }
+    return {kind: lines for kind, lines in problems.items() if lines}
+
+
 def _compare(directory: Path, wanted: Mapping, found: Mapping):
-    lines = [f"missing: {key}" for key in wanted if key not in found]
-    lines += [f"unknown: {key}" for key in found if key not in wanted]
-    lines += [f"wrong shape: {key} is {list(found[key])}, {list(wanted[key])} is needed"
-              for key in wanted if key in found and found[key] != wanted[key]]
-    if lines:
-        more = [f"… and {len(lines) - 20} more"] if len(lines) > 20 else []
+    if problems := _difference(wanted, found):
         raise UserError(f"The checkpoint {directory} holds another tree than is to be restored.\n"
-                        + "\n".join(f"  {line}" for line in lines[:20] + more),
+                        + "\n".join(f"  {line}" for line in summary(problems)),
                         "\nIt is restored whole, by name and shape.",
                         "Use the settings that it was saved with.")
 

@@ -65,6 +65,10 @@ def test_orbax_checkpoint(checkpoints, tmp_path, config):
     assert kinds["embed/weight"] == "float32"
     assert kinds["stack/0/0/attn/qkv/values"] == "int8"
     assert kinds["stack/0/0/attn/qkv/scale"] == "float32"
+    assert report.checked and not report.problems
+    other = config.replace(vocab_size=7).to_hf()
+    (tmp_path / "o" / "mmx_config.json").write_text(json.dumps(other))
+    assert list(inspect(tmp_path / "o").problems) == ["wrong shape"]
 
 
 def test_nothing_there():
