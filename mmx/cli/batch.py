@@ -53,9 +53,10 @@ class BatchSettings(EngineSettings, SamplingSettings, ModelSettings):
 
 Settings = BatchSettings
 
-# What the answers depend on besides the sampling; a resume with other values is refused.
+# What the answers depend on besides the sampling, if only by rounding; a resume with other values
+# is refused.
 _DETERMINING = ("model", "random_weights", "dtype", "quantize", "kv_dtype", "capacity",
-                "prefill_chunk")
+                "prefill_chunk", "slots")
 
 
 def run(call) -> None:

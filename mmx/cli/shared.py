@@ -61,7 +61,7 @@ class ModelSettings:
 
 @dataclasses.dataclass(frozen=True)
 class EngineSettings:
-    """How requests are run; no answer depends on these but through rounding."""
+    """How requests are run; answers depend on these by rounding alone."""
 
     capacity: int | None = setting(
         None, "Most tokens of prompt and answer together; the cache grows as needed unless given.",
