@@ -109,7 +109,7 @@ class Engine:
                 f"The cache was set to hold {self.fixed_capacity:,} per sequence.",
                 "Shorten the prompt, or raise the capacity.")
         self._check_memory(
-            self._capacity_for(self._need(request)),
+            self._capacity_for(self.room(request)),
             f"A prompt of {prompt:,} tokens with max_tokens={request.sampling.max_tokens:,}")
 
     def reserve(self, tokens: int) -> None:
@@ -188,7 +188,7 @@ class Engine:
         """Prefills a prompt into a free slot and draws its first token."""
         self.check(request)
         prompt, params = request.prompt_ids, request.sampling
-        capacity = self._capacity_for(self._need(request))
+        capacity = self._capacity_for(self.room(request))
         if capacity > self.capacity:
             self._allocate(capacity)
         limit = min(params.max_tokens, self.capacity - len(prompt) + 1)
@@ -312,7 +312,8 @@ class Engine:
             keys += self._decode_keys()
         self._steps.compile(keys)
 
-    def _need(self, request: Request) -> int:
+    def room(self, request: Request) -> int:
+        """Tokens that the cache must hold for this request; see `reserve`."""
         return max(len(request.prompt_ids) + request.sampling.max_tokens - 1,
                    *plan_chunks(len(request.prompt_ids), self.chunk_sizes))
 

@@ -9,6 +9,7 @@ import pytest
 from mmx import model
 from mmx.config import LIGHTNING, SOFTMAX, ModelConfig, deepnorm_alpha
 from mmx.engine.engine import Engine
+from mmx.nn.params import initial_kind
 
 FORBIDDEN = (0, 7, 90)
 EOS = 5
@@ -27,10 +28,15 @@ def tiny_config(layer_types) -> ModelConfig:
 def tiny_model(layer_types):
     """(config, float32 params); three head rows are zero, and the rest are far from ties."""
     config = tiny_config(layer_types)
-    params = dict(model.init_params(config, jax.random.key(11)))
-    head = np.array(params["head/weight"]) * 4
-    head[list(FORBIDDEN)] = 0
-    params["head/weight"] = jax.numpy.asarray(head)
+    rng = np.random.default_rng(11)
+    params = {}
+    for path, spec in model.param_specs(config, "float32").items():
+        kind, scale = initial_kind(spec)
+        value = np.ones(spec.shape) if kind == "ones" else rng.uniform(-scale, scale, spec.shape)
+        if path == "head/weight":
+            value *= 4
+            value[list(FORBIDDEN)] = 0
+        params[path] = jax.numpy.asarray(value, jax.numpy.float32)
     return config, params
 
 
