@@ -31,6 +31,12 @@ class QuantizedTensor:
     def dtype(self):
         return self.values.dtype
 
+    def __getitem__(self, index):
+        """Returns itself for `[...]`, the way modules read a parameter; rows are not cut here."""
+        if index is not ...:
+            raise TypeError("A QuantizedTensor is indexed by [...] alone; index values and scale.")
+        return self
+
     @property
     def nbytes(self) -> int:
         """Bytes of values and scales together."""

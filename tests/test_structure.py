@@ -80,7 +80,6 @@ def order_faults(module, path):
         there = _unit(target)
         if here == there or (here, there) in WITHIN_ROW:
             continue
-        # `import mmx` alone is for the version and the package's place.
         if there is None or here is None or ROWS[there] >= ROWS[here]:
             faults.append(f"{path.name}:{line}: {module} imports {target}")
     return faults
@@ -167,7 +166,7 @@ def test_every_module_imports_without_the_extras():
 
 
 def test_no_assert_on_input():
-    """User input is refused by a sentence; `assert` would end in a traceback, or vanish under -O."""
+    """User input is refused by a sentence; an `assert` ends in a traceback, or is optimised away."""
     asserts = [f"{path.relative_to(ROOT)}:{node.lineno}" for module, path in MODULES
                for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
     assert not asserts

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import mmx
 from mmx.batch import answers, journal, records
 from mmx.engine.request import Event, Request, SamplingParams
 from mmx.errors import UserError
@@ -96,7 +95,7 @@ def run_batch(start: Callable[[], Answerer], input: Path, output: Path, *,
     state = journal.claim(output, {
         "input_sha256": survey.sha256, "records": survey.count,
         "settings": {**settings, **_sampling_settings(sampling)},
-        "started": int(time.time()), "mmx": mmx.__version__})
+        "started": int(time.time())})
     mine = range(host, survey.count, hosts)
     if output.exists():
         journal.tidy(output)

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+from mmx import lm as models
 from mmx.batch.answers import token_logprobs, usage
-from mmx.engine.engine import Engine
+from mmx.checkpoint import locate
 from mmx.engine.request import Request, Result, SamplingParams
 from mmx.obs import log, memory
-from mmx.text import chat, functions
+from mmx.obs.progress import Progress
+from mmx.text import chat, functions, load_tokenizer
 
 
 class Session:
@@ -15,10 +17,10 @@ class Session:
 
     def __init__(self, settings, slots: int = 1):
         self.name = settings.model
-        self.config, params, self.tokenizer = load(settings)
-        self.engine = Engine(
-            self.config, params, self.tokenizer, slots=slots, capacity=settings.capacity,
-            prefill_chunk=settings.prefill_chunk, kv_dtype=settings.kv_dtype)
+        lm = load(settings)
+        self.tokenizer = lm.tokenizer
+        self.engine = lm.engine(slots=slots, capacity=settings.capacity,
+                                prefill_chunk=settings.prefill_chunk, kv_dtype=settings.kv_dtype)
 
     def chat_ids(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
         return chat.render_ids(self.tokenizer, messages, tools)
@@ -70,43 +72,14 @@ class Session:
         log.note(" · ".join([*parts, memory.summary()]))
 
 
-def load(settings):
-    """Returns (config, params, tokenizer) of what --model names."""
-    from mmx.checkpoint import load_config, load_params, locate
-    from mmx.config import preset, preset_names
-    from mmx.obs.progress import Progress
-    from mmx.text import load_tokenizer
-
-    dtype = settings.dtype or default_dtype()
-    if settings.random_weights:
-        if settings.model in preset_names():
-            # Any tokenizer will do: what comes out means nothing.
-            config, tokenizer = preset(settings.model), load_tokenizer(locate("nano"))
-        else:
-            config = load_config(settings.model)
-            tokenizer = load_tokenizer(locate(settings.model))
-        return config, _random_params(config, settings, dtype), tokenizer
-    tokenizer = load_tokenizer(locate(settings.model))
+def load(settings) -> models.LM:
+    """Loads what --model names, telling how far it is."""
     with Progress(None, "parameters", title="load") as bar:
-        config, params = load_params(
-            settings.model, dtype=dtype, quantize=settings.quantize,
-            max_host_bytes=settings.max_host_bytes, progress=bar.reach)
-    return config, params, tokenizer
-
-
-def default_dtype() -> str:
-    import jax
-
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def _random_params(config, settings, dtype):
-    import jax
-
-    from mmx.model import init_params
-    from mmx.quant import quantize_params
-
-    params = init_params(config, jax.random.key(settings.seed), dtype)
-    return quantize_params(params) if settings.quantize else params
-
-
+        lm = models.load(
+            settings.model, dtype=settings.dtype, quantize=settings.quantize,
+            max_host_bytes=settings.max_host_bytes, random_weights=settings.random_weights,
+            seed=settings.seed, progress=bar.reach)
+    if lm.tokenizer is None:
+        # A preset on random weights: any tokenizer will do, what comes out means nothing.
+        lm.tokenizer = load_tokenizer(locate("nano"))
+    return lm
