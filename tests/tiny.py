@@ -105,6 +105,45 @@ def to_transformers(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return result
 
 
+def params(config: ModelConfig, weights: dict[str, np.ndarray], dtype: str = "float32") -> dict:
+    """The model's parameter dict from original-layout tensors; written apart from the importer."""
+    import jax.numpy as jnp
+
+    c, (D, N, H) = config, (config.hidden_size, config.num_heads, config.head_dim)
+    # Per leaf: tensor name and the array [in …, out …] made from its [out, in] matrix.
+    columns = {"attn/qkv": ("self_attn.qkv_proj", (D, N, 3, H)),
+               "attn/gate": ("self_attn.output_gate", (D, N, H)),
+               "attn/q": ("self_attn.q_proj", (D, N, H)),
+               "attn/k": ("self_attn.k_proj", (D, c.num_kv_heads, H)),
+               "attn/v": ("self_attn.v_proj", (D, c.num_kv_heads, H)),
+               "moe/router": ("block_sparse_moe.gate", (D, c.num_experts)),
+               "attn_norm/weight": ("input_layernorm", (D,)),
+               "mlp_norm/weight": ("post_attention_layernorm", (D,)),
+               "attn/norm/weight": ("self_attn.norm", (N, H))}
+
+    def layer(i):
+        def get(name):
+            return weights[f"model.layers.{i}.{name}.weight"]
+
+        leaves = {leaf: get(name).T.reshape(shape) for leaf, (name, shape) in columns.items()
+                  if f"model.layers.{i}.{name}.weight" in weights}
+        is_lightning = c.layer_types[i] == "lightning"
+        out = get("self_attn.out_proj" if is_lightning else "self_attn.o_proj")
+        w1, w2, w3 = (np.stack([get(f"block_sparse_moe.experts.{e}.{name}").T
+                                for e in range(c.num_experts)]) for name in ("w1", "w2", "w3"))
+        return leaves | {"attn/out": out.T.reshape(N, H, D), "moe/down": w2,
+                         "moe/gate_up": np.stack([w1, w3], axis=2)}
+
+    result = {"embed/weight": weights["model.embed_tokens.weight"],
+              "norm/weight": weights["model.norm.weight"], "head/weight": weights["lm_head.weight"]}
+    for g, stack in enumerate(c.stacks):
+        for p in range(len(stack.pattern)):
+            layers = [layer(stack.layer_index(r, p)) for r in range(stack.repeats)]
+            result |= {f"stack/{g}/{p}/{leaf}": np.stack([x[leaf] for x in layers])
+                       for leaf in layers[0]}
+    return {path: jnp.asarray(x, dtype) for path, x in result.items()}
+
+
 def decay_buffers(config: ModelConfig) -> dict[str, np.ndarray]:
     """The tables that the transformers class may have saved; of the right shape, wrong values.
 

@@ -8,9 +8,15 @@ from mmx.config import ROPE_DTYPE
 
 
 def inverse_frequencies(rotary_dim: int, theta: float) -> np.ndarray:
-    """Returns 1 / theta^(2j / rotary_dim) for j < rotary_dim / 2, float32."""
+    """Returns 1 / theta^(2j / rotary_dim) for j < rotary_dim / 2, float32.
+
+    Exponent, power and reciprocal are each rounded to float32, as in the released code: at position
+    1e7 one bit of a frequency is 0.06 of an angle.
+    """
     exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
-    return (1.0 / np.float32(theta) ** exponents).astype(ROPE_DTYPE)
+    # NumPy's own float32 power is a bit off at some exponents.
+    powers = (float(theta) ** exponents.astype(np.float64)).astype(ROPE_DTYPE)
+    return np.float32(1) / powers
 
 
 def apply_rope(x_BTNH: jax.Array, position_BT: jax.Array, rotary_dim: int, theta: float):

@@ -29,7 +29,9 @@ def rms_norm(x, weight, eps):
 
 
 def inv_freq(rotary_dim: int, theta: float) -> np.ndarray:
-    return (1.0 / theta ** (np.arange(0, rotary_dim, 2) / rotary_dim)).astype(np.float32)
+    """Frequencies as the released code has them: each step rounded to float32."""
+    exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
+    return np.float32(1) / (theta ** exponents.astype(np.float64)).astype(np.float32)
 
 
 def rope(x_TNH, positions_T, rotary_dim: int, theta: float):
