@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import tokenize
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def _guarded(call, *args):
         # gin appends notes on its own call; the sentence stands in the attributes.
         raise UserError(error.what, error.rule, error.fix) from None
     except (OSError, SyntaxError, ValueError, TypeError, ImportError, RuntimeError,
-            AttributeError) as error:
+            AttributeError, tokenize.TokenError) as error:
         raise _sentence(str(error)) from None
 
 
