@@ -18,7 +18,8 @@ def param_shardings(specs: Mapping[str, Any], mesh: Mesh,
                     rules: Mapping[str, str] = SERVING) -> dict[str, NamedSharding]:
     """Returns path -> sharding over `mesh`, whose axes are among the values of `rules`.
 
-    `specs` are those of `mmx.model.param_specs`: each has a path, a shape and logical axes. Raises UserError for a mesh axis that no rule uses, and for a dimension that does not divide.
+    `specs` are those of `mmx.model.param_specs`: each has a path, a shape and logical axes. Raises
+    UserError for a mesh axis that no rule uses, and for a dimension that does not divide.
     """
     for name, size in mesh.shape.items():
         if size > 1 and name not in rules.values():
