@@ -98,7 +98,8 @@ def _object(line: bytes) -> dict:
 
 def _json_fault(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg[0].lower()}{error.msg[1:]} at column {error.colno}"
+        reason = error.msg[0].lower() + error.msg[1:].removesuffix(" at")
+        return f"{reason} at column {error.colno}"
     return "it is nested too deep"
 
 
@@ -110,8 +111,8 @@ def _name(value: Any) -> str:
 def _known(data: Mapping, names: tuple[str, ...]) -> None:
     for key in data:
         if key not in names:
-            raise UserError(f"The key '{key}' is unknown.", nearest(key, names),
-                            f"Keys are {', '.join(names)}.")
+            raise UserError(f"The key '{key}' is unknown.", "",
+                            nearest(key, names) or f"Keys are {', '.join(names)}.")
 
 
 def _plain(data: dict, kind: str, defaults: SamplingParams) -> dict[str, Any]:

@@ -182,14 +182,12 @@ class _Run:
         with Progress(len(self._mine), "records", title="batch", done=self.resumed) as progress:
             self._progress = progress
             for event in answerer.run(self._requests(answerer)):
+                self.completion_tokens += len(event.new_ids)
                 if event.result is not None:
                     self._write(answerer, self._jobs.pop(event.key), event.result)
-                    self._step(time.monotonic() - began)
+                rate = self.completion_tokens / max(time.monotonic() - began, 1e-9)
+                progress.update(int(event.result is not None), **{"tok/s": f"{rate:,.0f}"})
         self.seconds = time.monotonic() - began
-
-    def _step(self, elapsed: float) -> None:
-        rate = self.completion_tokens / elapsed if elapsed > 0 else 0.0
-        self._progress.update(1, **{"tok/s": f"{rate:,.0f}"})
 
     def _requests(self, answerer: Answerer) -> Iterator[Request]:
         """Yields this host's open records; the engine takes them as it has room."""
@@ -229,4 +227,3 @@ class _Run:
             token_bytes=answerer.token_bytes, tool_calls=answerer.tool_calls(job, result.text)))
         self.answered += 1
         self.prompt_tokens += result.prompt_tokens
-        self.completion_tokens += len(result.ids)

@@ -71,7 +71,8 @@ def _guarded(call, *args):
         raise UserError(error.what, error.rule, error.fix) from None
     except (OSError, SyntaxError, ValueError, TypeError, ImportError, RuntimeError,
             AttributeError, tokenize.TokenError) as error:
-        raise _sentence(str(error)) from None
+        token_error = isinstance(error, tokenize.TokenError)  # its text is a tuple's
+        raise _sentence(str(error.args[0] if token_error else error)) from None
 
 
 def _sentence(message: str) -> UserError:

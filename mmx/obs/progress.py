@@ -5,6 +5,7 @@ import time
 
 from mmx.obs import log
 
+_REDRAW_SECONDS = 0.5
 _active = None
 
 
@@ -45,14 +46,19 @@ class Progress:
         return self
 
     def update(self, count: int = 1, **figures) -> None:
-        """Adds `count`; `figures` (name=text) stand beside the rate until replaced."""
+        """Adds `count`, which may be 0; `figures` (name=text) stand beside the rate until replaced.
+        """
         self.count += count
         if figures:
             self._figures = "  ".join(f"{text} {name}" for name, text in figures.items())
         if self._bar is not None:
             if figures:
                 self._bar.set_postfix_str(self._figures, refresh=False)
-            self._bar.update(count)
+            if count:
+                self._bar.update(count)
+            elif time.monotonic() - self._last >= _REDRAW_SECONDS:
+                self._last = time.monotonic()
+                self._bar.refresh()
         elif self._shows and time.monotonic() - self._last >= self._every_s:
             self._last = time.monotonic()
             self._line()

@@ -41,7 +41,7 @@ class StandIn:
         logprobs = None
         if request.sampling.logprobs:
             logprobs = [TokenLogprob(id, -0.5, ((id, -0.5), (7, -1.5))) for id in ids]
-        return Event(request.key, "", [], Result(
+        return Event(request.key, "", ids, Result(
             "".join(f"{id:02x}" for id in ids), ids, "length", logprobs, len(request.prompt_ids),
             Timings(0.0, 0.0, 0.0, len(ids))))
 

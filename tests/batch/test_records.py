@@ -63,6 +63,7 @@ def test_tool_choice_none_offers_no_tools():
 
 @pytest.mark.parametrize("data, words", [
     (b'{"prompt": "x"', "not JSON: expecting ',' delimiter at column 15"),
+    (b'{"prompt": "x\t"}', "invalid control character at column 14"),
     (b'{"prompt": "\xff"}', "not UTF-8 (byte 12)"),
     (b"[" * 100000, "nested too deep"),
     (b"[1]", "holds a list"),
