@@ -11,6 +11,7 @@ import numpy as np
 
 from mmx import model
 from mmx.config import ModelConfig, preset, preset_names
+from mmx.engine import memory
 from mmx.engine.engine import Engine
 from mmx.engine.request import Event, Request, Result, SamplingParams
 from mmx.errors import UserError
@@ -146,10 +147,12 @@ def load(path_or_id: str | Path = "nano", *, dtype: str | None = None,
                         "Leave it out for the usual one.")
     shardings = None if mesh is None else partial(_shardings, mesh=mesh)
     if not random_weights:
+        if mesh is None:
+            _check_room(path_or_id, load_config(path_or_id), dtype, quantize)
         directory = locate(path_or_id)
         tokenizer = load_tokenizer(directory)
         config, params = load_params(
-            path_or_id, dtype=dtype, quantize=quantize, shardings=shardings,
+            directory, dtype=dtype, quantize=quantize, shardings=shardings,
             max_host_bytes=max_host_bytes, progress=progress)
         return LM(config, params, tokenizer, directory)
 
@@ -161,9 +164,24 @@ def load(path_or_id: str | Path = "nano", *, dtype: str | None = None,
     else:
         config, directory = load_config(path_or_id), locate(path_or_id, weights=False)
         tokenizer = load_tokenizer(directory)
+    if mesh is None:
+        _check_room(path_or_id, config, dtype, None)  # quantised only once drawn
     params = model.init_params(config, jax.random.key(seed), dtype,
                                None if shardings is None else shardings(config))
     return LM(config, quantize_params(params) if quantize else params, tokenizer, directory)
+
+
+def _check_room(name, config: ModelConfig, dtype: str, quantize: str | None) -> None:
+    """Refuses weights that the default device cannot hold, before any is fetched or drawn."""
+    from mmx.quant import abstract_params
+
+    need = sum(leaf.size * leaf.dtype.itemsize
+               for leaf in jax.tree.leaves(abstract_params(config, dtype, quantize)))
+    have = memory.available_bytes(jax.local_devices()[:1])
+    if need > have:
+        raise UserError(f"The weights of {name} need {memory.human(need)} in {quantize or dtype}.",
+                        f"{memory.human(have)} are available.",
+                        "Quantise them to int8, spread them over a mesh, or free memory.")
 
 
 def _shardings(config: ModelConfig, mesh) -> dict[str, jax.sharding.Sharding]:

@@ -1,18 +1,19 @@
 """How much memory there is for caches."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
 
-def available_bytes() -> int:
-    """Returns free bytes over the local devices, or of the host when the device is a CPU.
+def available_bytes(devices: Sequence[jax.Device] | None = None) -> int:
+    """Returns free bytes over `devices` (all local ones if None), or of the host for CPUs.
 
     On a host the smaller of what the system and the control group (a container's limit) leave.
     """
     free = 0
-    for device in jax.local_devices():
+    for device in devices or jax.local_devices():
         stats = device.memory_stats() if device.platform != "cpu" else None
         if not stats or "bytes_limit" not in stats:
             return host_bytes()

@@ -105,6 +105,17 @@ def test_prompt_beyond_memory(mmx, model):
     refused(mmx, model, "of cache", "max_tokens", argv=("--prompt=ab", f"--max_tokens={10**12}"))
 
 
+@pytest.mark.parametrize("argv", [(), ("--quantize=int8",)])
+def test_weights_beyond_memory(mmx, argv):
+    refused(mmx, "text01", "The weights of text01 need 1.82 TB in float32.", "are available",
+            argv=("--prompt=ab", "--random_weights", *argv))
+
+
+def test_checkpoint_beyond_memory(mmx, model, monkeypatch):
+    monkeypatch.setattr("mmx.engine.memory.available_bytes", lambda devices=None: 10_000)
+    refused(mmx, model, f"The weights of {model} need", "10 kB are available.")
+
+
 def test_chat_with_a_tokenizer_without_turns(mmx, model):
     text = json.loads((model / "tokenizer.json").read_text())
     text["added_tokens"] = [one for one in text["added_tokens"]
