@@ -48,7 +48,8 @@ def norm_ratio(actual, expected) -> float:
     """|actual - expected| / |expected| by 2-norm; the plain norm when `expected` is zero."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
-    return float(np.linalg.norm((actual - expected).ravel()) / (np.linalg.norm(expected.ravel()) or 1))
+    size = np.linalg.norm(expected.ravel()) or 1
+    return float(np.linalg.norm((actual - expected).ravel()) / size)
 
 
 def peak_ratio(actual, expected) -> float:

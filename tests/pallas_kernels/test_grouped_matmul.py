@@ -13,7 +13,7 @@ from tests.tolerances import assert_close
 
 M, D, F, E = 300, 24, 40, 5
 SIZES = {
-    "even": (60, 60, 60, 60, 60), "empty groups": (0, 200, 0, 100, 0), "all in one": (0, 0, M, 0, 0),
+    "even": (60,) * E, "empty groups": (0, 200, 0, 100, 0), "all in one": (0, 0, M, 0, 0),
     "first and last": (1, 0, 0, 0, 299), "rows left over": (10, 0, 128, 1, 0), "none": (0,) * E,
     "tile edges": (128, 0, 129, 43, 0)}
 NAMES = ("reference", "ragged_dot", "tiled", None)

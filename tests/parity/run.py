@@ -36,7 +36,8 @@ def run(config, params, prompts, new_tokens: int, chunk: int = CHUNK):
     ids = np.zeros((len(prompts), steps * chunk), np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
         row[:len(prompt)] = prompt
-    cache = init_cache(config, len(prompts), steps * chunk + new_tokens, params["embed/weight"].dtype)
+    capacity = steps * chunk + new_tokens
+    cache = init_cache(config, len(prompts), capacity, params["embed/weight"].dtype)
     pieces = []
     for first in range(0, steps * chunk, chunk):
         left = np.clip(lengths - first, 0, chunk)

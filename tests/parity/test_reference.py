@@ -36,7 +36,8 @@ CONFIGS = {
 }
 
 # Both kinds of layer at a small compile cost, for what does not depend on the pattern.
-SHORT = tiny.config(layer_types=(LIGHTNING, SOFTMAX, LIGHTNING), num_heads=6, num_kv_heads=2, **SMALL)
+SHORT = tiny.config(layer_types=(LIGHTNING, SOFTMAX, LIGHTNING), num_heads=6, num_kv_heads=2,
+                    **SMALL)
 
 _forward = jax.jit(forward, static_argnums=0, static_argnames="dtype")
 
@@ -102,19 +103,6 @@ def test_forward_in_bfloat16_with_every_expert(record_property):
         error = assert_close(have[:len(p)], Reference(config, weights).extend(p), "logits",
                              "bfloat16", f"prompt of {len(p)}")
         record_property(f"error_{len(p)}", error)
-
-
-def test_forward_in_bfloat16_with_top_2(record_property):
-    """Rounding may flip a near-tie between experts at some tokens, and only at some."""
-    config = SHORT
-    weights = bfloat16_weights(config)
-    prompts, ids, lengths = ragged(config)
-    got, _ = _forward(config, tiny.params(config, weights, "bfloat16"), ids, lengths_B=lengths)
-    wanted = Reference(config, weights).extend(prompts[-1])
-    error_T = np.abs(np.asarray(got[-1]) - wanted).max(-1) / np.abs(wanted).max()
-    record_property("share_within", float((error_T <= bound("logits", "bfloat16")).mean()))
-    assert np.median(error_T) <= bound("logits", "bfloat16")
-    assert (error_T <= bound("logits", "bfloat16")).mean() > 0.75
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))

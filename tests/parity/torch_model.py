@@ -6,6 +6,9 @@ from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
 from tests import tiny
 
+# Two threads that wait for each other and for jax's are ten times slower at these sizes.
+torch.set_num_threads(1)
+
 
 def build(hf_config: dict, weights: dict[str, np.ndarray]) -> MiniMaxForCausalLM:
     """A float32 `MiniMaxForCausalLM` holding `weights` (original layout)."""
