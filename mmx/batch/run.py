@@ -104,6 +104,10 @@ def run_batch(start: Callable[[], Answerer], input: Path, output: Path, *,
     try:
         run = _Run(start, input, survey, state, sampling, book, journal.finished(output), mine)
         run.answer_all()
+    except KeyboardInterrupt:
+        log.note(f"stopped: {len(journal.finished(output)):,} of {survey.count:,} records are "
+                 "done; the same command goes on")
+        raise
     finally:
         book.close()
     merged = host == 0
