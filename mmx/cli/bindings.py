@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 import tokenize
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,12 @@ def register(classes: Mapping[str, type]) -> None:
             _classes[name] = cls
 
 
-def configure(name: str, files: list[str], params: list[str], given: Mapping[str, Any]) -> Any:
+def configure(name: str, files: list[str], params: list[str], given: Mapping[str, Any],
+              parts: Collection[str] = ()) -> Any:
     """Builds the registered class `name`: defaults, then gin files, then bindings, then `given`.
 
-    Raises UserError for a missing file, a syntax error, an unknown name or a refused value.
+    `parts` are the registered classes that only `name` refers to. Raises UserError for a missing
+    file, a syntax error, an unknown name, a refused value, or a part that is bound and not used.
     """
     gin.clear_config()
     for path in files:
@@ -51,7 +53,22 @@ def configure(name: str, files: list[str], params: list[str], given: Mapping[str
         _guarded(gin.parse_config, param)
     for field, value in given.items():
         gin.bind_parameter(f"{name}.{field}", value)
-    return _guarded(_made[name])
+    made = _guarded(_made[name])
+    _refuse_idle(name, parts)
+    return made
+
+
+def _refuse_idle(name: str, parts: Collection[str]) -> None:
+    used = [(selector, scope) for scope, selector in gin.config._OPERATIVE_CONFIG]
+    for scope, selector in gin.config._CONFIG:
+        part = selector.rpartition(".")[2]
+        if part in parts and not any(
+                selector == other and (not scope or scope in where.split("/"))
+                for other, where in used):
+            label = f"{scope}/{part}" if scope else part
+            raise UserError(f"gin binds parameters of '{label}', which nothing refers to.",
+                            "They would have no effect.",
+                            f"Write {name}.FIELD = @{label}() for the field that takes it.")
 
 
 def operative() -> str:

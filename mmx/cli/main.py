@@ -129,7 +129,8 @@ def _parse(verb: str, module, argv: list[str]) -> Call:
     for name in VERBS if parsed.gin_files or parsed.gin_params else (verb,):
         each = verb_module(name)
         bindings.register({name: each.Settings, **getattr(each, "CONFIGURABLES", {})})
-    settings = bindings.configure(verb, parsed.gin_files, parsed.gin_params, parsed.given)
+    settings = bindings.configure(verb, parsed.gin_files, parsed.gin_params, parsed.given,
+                                  tuple(getattr(module, "CONFIGURABLES", ())))
     check(settings)
     return Call(verb, settings, bindings.operative())
 

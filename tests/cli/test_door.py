@@ -78,6 +78,8 @@ def test_every_setting_of_our_verbs_is_described():
     (["generate", "--gin_param=generate.model=@which()"], "gin knows no name 'which'"),
     (["generate", "--gin_param=include 'nope.gin'"], "There is no gin file 'nope.gin'"),
     (["generate", "--gin_param=import nope_nope"], "gin cannot read the configuration"),
+    (["train", "--gin_param=Optimizer.peak_lr=1e-3"],
+     "gin binds parameters of 'Optimizer', which nothing refers to."),
     (["generate", "--gin_param=generate.top_p=2"], "top_p=2 is out of range"),
     (["generate", "--gin_param=generate.json=3"], "--json=3 has the wrong type"),
     (["batch"], "There is no --input."),
