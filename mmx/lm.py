@@ -121,7 +121,7 @@ class LM:
 
 
 def load(path_or_id: str | Path = "nano", *, dtype: str | None = None,
-         quantize: str | None = None, mesh: jax.sharding.Mesh | None = None,
+         quantize: str | None = None, mesh: jax.sharding.Mesh | str | None = None,
          max_host_bytes: int = 2 << 30, random_weights: bool = False, seed: int = 0,
          progress: Callable[[int, int], None] | None = None) -> LM:
     """Returns the model at `path_or_id` as an `LM`.
@@ -131,7 +131,8 @@ def load(path_or_id: str | Path = "nano", *, dtype: str | None = None,
         hub id `org/name[@revision]`; with `random_weights` also a preset without weights.
       dtype: of weights and activations; float32 on a CPU and bfloat16 elsewhere if None.
       quantize: "int8" holds the large matrices in 8 bits.
-      mesh: devices over which the parameters are spread; the default device if None.
+      mesh: devices over which the parameters are spread, as a Mesh or as text such as
+        "expert=4,tensor=2"; the default device if None.
       max_host_bytes: host memory that reading may take beyond the result.
       random_weights: draw the weights from `seed` instead of reading them.
       progress: called with (done, total) elements.
@@ -145,6 +146,10 @@ def load(path_or_id: str | Path = "nano", *, dtype: str | None = None,
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r} is not supported.", "It is 'float32' or 'bfloat16'.",
                         "Leave it out for the usual one.")
+    if isinstance(mesh, str):
+        from mmx.sharding.mesh import parse_mesh
+
+        mesh = parse_mesh(mesh)
     shardings = None if mesh is None else partial(_shardings, mesh=mesh)
     if not random_weights:
         if mesh is None:

@@ -97,6 +97,7 @@ def test_a_mesh_gives_the_same_answers(tmp_path):
         from mmx.engine.request import Request, SamplingParams
         from mmx.errors import UserError
         from mmx.model import param_specs
+        from mmx.sharding.mesh import parse_mesh
         from mmx.sharding.rules import param_shardings
         from tests.engine.conftest import results, tiny_model
 
@@ -118,7 +119,15 @@ def test_a_mesh_gives_the_same_answers(tmp_path):
             return {e.key: e.result for e in engine.run(requests) if e.result is not None}
 
         alone = ids(params)
-        mesh = jax.make_mesh((2, 2), ("expert", "tensor"), axis_types=(AxisType.Auto,) * 2)
+        mesh = parse_mesh("expert=2, tensor=2")
+        for text, word in (("tensor", "describe"), ("tensor=0", "describe"),
+                           ("tensor=2,tensor=2", "describe"), ("tensor=5", "There are 4")):
+            try:
+                parse_mesh(text)
+            except UserError as error:
+                assert word in str(error)
+            else:
+                raise AssertionError(text)
         shardings = param_shardings(specs, mesh)
         spread = {path: jax.device_put(params[path], shardings[path]) for path in params}
         gate_up = spread["stack/0/0/moe/gate_up"]

@@ -77,7 +77,8 @@ def load(settings) -> models.LM:
     with Progress(None, "parameters", title="load") as bar:
         lm = models.load(
             settings.model, dtype=settings.dtype, quantize=settings.quantize,
-            max_host_bytes=settings.max_host_bytes, random_weights=settings.random_weights,
+            mesh=settings.mesh, max_host_bytes=settings.max_host_bytes,
+            random_weights=settings.random_weights,
             seed=settings.seed, progress=bar.reach)
     if lm.tokenizer is None:
         # A preset on random weights: any tokenizer will do, what comes out means nothing.

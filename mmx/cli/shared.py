@@ -51,6 +51,9 @@ class ModelSettings:
         group="Model", choices=("float32", "bfloat16"))
     quantize: str | None = setting(
         None, "Hold the large matrices in 8 bits.", group="Model", choices=("int8",))
+    mesh: str | None = setting(
+        None, "Devices to spread the weights over, for example 'tensor=8' or 'expert=4,tensor=2'; "
+        "one device unless given.", group="Model")
     max_host_bytes: int = setting(
         2 << 30, "Host memory that reading a checkpoint may take beyond the result.",
         group="Model", low=1 << 20, size=True)

@@ -1,0 +1,32 @@
+"""Device meshes by name."""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from mmx.errors import UserError
+
+
+def parse_mesh(text: str) -> Mesh:
+    """Returns the mesh that `text` describes, for example "tensor=8" or "expert=4,tensor=2".
+
+    The axes are laid over the first devices of all processes in their order, the last axis
+    changing fastest. Raises UserError for text of another form, an axis named twice, or more
+    devices than there are.
+    """
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = (word.strip() for word in part.partition("="))
+        if not name.isidentifier() or not size.isdecimal() or int(size) < 1 or name in axes:
+            raise UserError(f"'{text}' does not describe a mesh.",
+                            "It is AXIS=SIZE, with commas between different axes.",
+                            "For example 'tensor=8' or 'expert=4,tensor=2'.")
+        axes[name] = int(size)
+    need, devices = math.prod(axes.values()), jax.devices()
+    if need > len(devices):
+        raise UserError(f"The mesh '{text}' needs {need} devices.",
+                        f"There are {len(devices)}.", "Lower its sizes, or start on more devices.")
+    grid = np.asarray(devices[:need]).reshape(tuple(axes.values()))
+    return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
