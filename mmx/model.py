@@ -18,10 +18,11 @@ from flax import nnx
 
 from mmx.cache import Cache
 from mmx.config import LIGHTNING, ModelConfig, Stack
-from mmx.nn.block import Block, Tokens
+from mmx.nn.block import Block
 from mmx.nn.lightning import decay_slopes, zero_state
 from mmx.nn.linear import Embedding, Head, RMSNorm
 from mmx.nn.params import Factory, Params, ParamSpec, draw, initial_kind, initial_value
+from mmx.nn.tokens import Tokens, last_token
 
 NO_CHOICE: Mapping[str, str] = {}
 
@@ -208,13 +209,14 @@ def step(
         lengths_B=lengths_B,
         valid_BT=time_T < lengths_B[:, None],
         offsets_B=offsets_B,
+        last_only=T > 1 and logits == "last",
     )
     x, stacks, _ = _run(config, params, ids_BT, tokens, cache.stacks, dtype, False, implementations)
     cache = Cache(stacks, offsets_B + lengths_B)
     if logits == "none":
         return None, cache
     if logits == "last":
-        x = jnp.take_along_axis(x, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)[:, 0]
+        x = x[:, 0] if x.shape[1] == 1 else last_token(x, lengths_B)[:, 0]
     return logits_of(config, params, x), cache
 
 
@@ -240,6 +242,8 @@ def _run(config, params, ids_BT, tokens, memories, dtype, remat, implementations
             path[len(prefix) :]: leaf for path, leaf in params.items() if path.startswith(prefix)
         }
         last = stack.start + stack.num_layers
+        # A scan has one body for all its repeats, so only an unrolled stack may end narrow.
+        narrow = tokens.last_only and last == config.num_layers and stack.repeats == 1
         slopes_RPN = slopes_LN[stack.start : last].reshape(
             stack.repeats, len(stack.pattern), config.num_heads
         )
@@ -250,7 +254,7 @@ def _run(config, params, ids_BT, tokens, memories, dtype, remat, implementations
             jnp.asarray(slopes_RPN),
             x,
             None if memories is None else memories[g],
-            tokens,
+            tokens._replace(last_only=narrow),
             remat,
             implementations,
         )
@@ -268,7 +272,9 @@ def _run_stack(config, stack: Stack, params, slopes_RPN, x, memory, tokens, rema
 
     def block(p, kind, leaves, slopes_N, x, layer_memory):
         layer = Block(config, kind, _lookup(leaves, str(p)))
-        return layer(x, slopes_N, layer_memory, tokens, implementations)
+        narrow = tokens.last_only and p == len(stack.pattern) - 1
+        given = tokens._replace(last_only=narrow)
+        return layer(x, slopes_N, layer_memory, given, implementations)
 
     if remat:
         block = jax.checkpoint(block, static_argnums=(0, 1))

@@ -1,8 +1,5 @@
 """One layer: attention and experts, each summed onto its own normalised input."""
 
-from typing import NamedTuple
-
-import jax
 from flax import nnx
 
 from mmx.config import LIGHTNING, ModelConfig, deepnorm_beta
@@ -11,22 +8,7 @@ from mmx.nn.linear import RMSNorm
 from mmx.nn.moe import MoE
 from mmx.nn.params import Factory
 from mmx.nn.softmax import SoftmaxAttention
-
-
-class Tokens(NamedTuple):
-    """What every layer knows of the tokens it is given.
-
-    position_BT: int32 position in the token's sample. starts_BT, samples_BT: bool starts and int32
-    numbers of packed samples, or None. lengths_B: int32 valid tokens per row, or None. offsets_B:
-    int32 tokens already cached per row, or None without a cache.
-    """
-
-    position_BT: jax.Array
-    starts_BT: jax.Array | None
-    samples_BT: jax.Array | None
-    lengths_B: jax.Array | None
-    valid_BT: jax.Array | None
-    offsets_B: jax.Array | None
+from mmx.nn.tokens import Tokens, last_token
 
 
 class Block(nnx.Module):
@@ -56,15 +38,17 @@ class Block(nnx.Module):
         h = self.attn_norm(x_BTD)
         name = implementations.get(self.kind)
         if self.kind == LIGHTNING:
-            out, memory = self.attn(h, slopes_N, memory, tokens.starts_BT, tokens.lengths_B, name)
+            out, memory = self.attn(h, slopes_N, memory, tokens, name)
         else:
             cache = None if memory is None else (*memory, tokens.offsets_B)
-            out, memory = self.attn(
-                h, tokens.position_BT, cache, tokens.samples_BT, tokens.lengths_B, name
-            )
+            out, memory = self.attn(h, cache, tokens, name)
+        valid_BT = tokens.valid_BT
+        if tokens.last_only:
+            h, x_BTD = (last_token(x, tokens.lengths_B) for x in (h, x_BTD))
+            valid_BT = valid_BT[:, :1]
         alpha, beta = self.attn_factors
         x_BTD = alpha * (h if self.postnorm else x_BTD) + beta * out
         g = self.mlp_norm(x_BTD)
-        out, stats = self.moe(g, tokens.valid_BT, implementations.get("moe"))
+        out, stats = self.moe(g, valid_BT, implementations.get("moe"))
         alpha, beta = self.mlp_factors
         return alpha * (g if self.postnorm else x_BTD) + beta * out, memory, stats

@@ -10,6 +10,7 @@ from flax import nnx
 from mmx.config import DECAY_TRANSFORMERS, ModelConfig
 from mmx.nn.linear import RMSNorm, project
 from mmx.nn.params import Factory, xavier
+from mmx.nn.tokens import Tokens, last_token
 from pallas_kernels import lightning_attention
 
 
@@ -52,8 +53,11 @@ class LightningAttention(nnx.Module):
         self.norm = RMSNorm((N, H), ("heads", None), config.lightning_norm_eps, make.at("norm"))
         self.out = make.param("out", (N, H, D), ("heads", None, "embed"), xavier(N * H, D, gain))
 
-    def __call__(self, h_BTD, slopes_N, state_BNHH, starts_BT, lengths_B, implementation=None):
-        """Returns the layer's output [B, T, D] and its state after the last token, float32."""
+    def __call__(self, h_BTD, slopes_N, state_BNHH, tokens: Tokens, implementation=None):
+        """Returns the layer's output and its float32 state after the last token.
+
+        The output is [B, T, D], or [B, 1, D] at each row's last token with `tokens.last_only`.
+        """
         qkv = jax.nn.silu(project("btd,dnch->btnch", h_BTD, self.qkv[...]))
         q, k, v = (qkv[..., i, :] for i in range(3))
         out_BTNH, state_BNHH = lightning_attention(
@@ -62,10 +66,12 @@ class LightningAttention(nnx.Module):
             v,
             slopes_N,
             state_BNHH,
-            starts_BT=starts_BT,
-            lengths_B=lengths_B,
+            starts_BT=tokens.starts_BT,
+            lengths_B=tokens.lengths_B,
             implementation=implementation,
         )
+        if tokens.last_only:
+            h_BTD, out_BTNH = (last_token(x, tokens.lengths_B) for x in (h_BTD, out_BTNH))
         gate = jax.nn.sigmoid(project("btd,dnh->btnh", h_BTD, self.gate[...]))
         gated = gate * self.norm(out_BTNH)
         return project("btnh,nhd->btd", gated, self.out[...]), state_BNHH

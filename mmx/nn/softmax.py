@@ -8,6 +8,7 @@ from mmx.config import ModelConfig
 from mmx.nn.linear import project
 from mmx.nn.params import Factory, xavier
 from mmx.nn.rope import apply_rope
+from mmx.nn.tokens import Tokens, last_token
 from pallas_kernels import attention
 
 
@@ -22,31 +23,32 @@ class SoftmaxAttention(nnx.Module):
         self.out = make.param("out", (N, H, D), ("heads", None, "embed"), xavier(N * H, D, gain))
         self.rotary_dim, self.theta = config.rotary_dim, config.rope_theta
 
-    def qkv(self, h_BTD: jax.Array, position_BT: jax.Array):
-        """Returns rotated q [B, T, N, H], rotated k and raw v [B, T, K, H]."""
-        q = project("btd,dnh->btnh", h_BTD, self.q[...])
-        k = project("btd,dkh->btkh", h_BTD, self.k[...])
-        v = project("btd,dkh->btkh", h_BTD, self.v[...])
-        q, k = (apply_rope(x, position_BT, self.rotary_dim, self.theta) for x in (q, k))
-        return q, k, v
-
-    def __call__(self, h_BTD, position_BT, cache, samples_BT, lengths_B, implementation=None):
+    def __call__(self, h_BTD, cache, tokens: Tokens, implementation=None):
         """Returns the layer's output [B, T, D] and the new (k, v) [B, S, K, H], or None.
 
         `cache` is None (attention among the given tokens) or (k, v, offsets_B): the tokens are
-        written at `offsets_B` and attend to all that the cache holds.
+        written at `offsets_B` and attend to all that the cache holds. With `tokens.last_only` the
+        output is [B, 1, D], at each row's last token.
         """
-        q, k, v = self.qkv(h_BTD, position_BT)
+        position_BT, lengths_B = tokens.position_BT, tokens.lengths_B
+        k = project("btd,dkh->btkh", h_BTD, self.k[...])
+        v = project("btd,dkh->btkh", h_BTD, self.v[...])
+        k = apply_rope(k, position_BT, self.rotary_dim, self.theta)
+        if tokens.last_only:
+            h_BTD, position_BT = (last_token(x, lengths_B) for x in (h_BTD, position_BT))
+        q = project("btd,dnh->btnh", h_BTD, self.q[...])
+        q = apply_rope(q, position_BT, self.rotary_dim, self.theta)
         if cache is None:
-            out = attention(q, k, v, samples_BT=samples_BT, implementation=implementation)
+            out = attention(q, k, v, samples_BT=tokens.samples_BT, implementation=implementation)
             new = None
         else:
             k_cache, v_cache, offsets_B = cache
             new = tuple(
-                write_rows(old, x, offsets_B, lengths_B) for old, x in ((k_cache, k), (v_cache, v))
+                write_rows(old, x, offsets_B, lengths_B)
+                for old, x in ((k_cache, k), (v_cache, v))
             )
             k, v = (x.astype(q.dtype) for x in new)
-            out = attention(q, k, v, offsets_B=offsets_B, implementation=implementation)
+            out = attention(q, k, v, offsets_B=position_BT[:, 0], implementation=implementation)
         return project("btnh,nhd->btd", out, self.out[...]), new
 
 
