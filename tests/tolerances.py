@@ -17,11 +17,11 @@ TABLE = {
     # Lightning and cache states, which stay float32 whatever the activations are.
     "state": {"float64": ("norm", 1e-12), "float32": ("norm", 1e-5), "bfloat16": ("norm", 4e-3)},
     # Whole-model logits against another implementation.
-    "logits": {"float32": ("peak", 2e-4), "bfloat16": ("peak", 5e-2)},
+    "logits": {"float32": ("peak", 2e-4), "bfloat16": ("peak", 3e-2)},
     # The same where the model is tests/tiny.py's: those are well conditioned (measured: 9e-6).
     "tiny_logits": {"float32": ("peak", 5e-5)},
     # A layer's state deep in a model, which also carries its inputs' errors.
-    "model_state": {"float32": ("norm", 5e-5), "bfloat16": ("norm", 5e-2)},
+    "model_state": {"float32": ("norm", 5e-6), "bfloat16": ("norm", 1.5e-2)},
     # The same model on the same weights, another split into chunks, batches or devices.
     "split": {"float32": ("peak", 1e-4), "bfloat16": ("peak", 5e-2)},
     # Log probabilities and sampling scores against float64 arithmetic on the same logits.

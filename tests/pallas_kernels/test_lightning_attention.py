@@ -1,5 +1,6 @@
 """Lightning attention: every form against the float64 recurrence, and its gradients."""
 
+import importlib
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ from tests.reference import lightning as f64
 from tests.tolerances import assert_close
 
 B, N, H = 2, 4, 16
-LENGTHS = (1, 63, 64, 65, 255, 256, 257, 1000)
+LENGTHS = (1, 63, 64, 65, 255, 256, 257, 1000, 2049)  # 2,048 tokens are one span of chunks
 # Layers of the released 80: the fastest decay, the middle, the slowest lightning layer.
 SLOPES = {layer: f64.slopes(64, layer, 80)[[0, 7, 31, 63]] for layer in (0, 40, 78)}
 
@@ -150,13 +151,20 @@ def test_gradients_equal_closed_form(form, T, layer):
             assert_close(have[b], want, "gradient", "float32", name)
 
 
-def test_gradients_of_padded_packed_rows_equal_the_reference():
-    T = 130
+def test_spans_of_chunks_carry_the_state(monkeypatch):
+    """Long inputs run span by span; short spans here give the same outputs and gradients."""
+    xla = importlib.import_module("pallas_kernels.lightning_attention.xla")
+    monkeypatch.setattr(xla, "CHUNKS_AT_ONCE", 2)
+    T, lengths = 300, (300, 140)
     q, k, v, state = draw(T)
     starts = np.zeros((B, T), bool)
-    starts[0, [5, 64]] = starts[1, 100] = True
+    starts[0, [128, 200]] = starts[1, 130] = starts[1, 290] = True
     out_grad, _, _, state_grad = draw(T, seed=1)
-    arguments = (q, k, v, SLOPES[40], state, out_grad, state_grad, starts, np.array([T, 110]))
+    arguments = (q, k, v, SLOPES[78], state, out_grad, state_grad, starts, np.array(lengths))
+    run = partial(lightning_attention, starts_BT=starts, lengths_B=np.array(lengths),
+                  implementation="xla")
+    check(jax.jit(run)(q, k, v, SLOPES[78], state),
+          expected(q, k, v, SLOPES[78], state, starts, lengths), "float32", "spans")
     pairs = zip(("dq", "dk", "dv", "dstate"), gradients(*arguments, form="xla"),
                 gradients(*arguments, form="reference"), strict=True)
     for name, have, want in pairs:
