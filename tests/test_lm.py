@@ -60,7 +60,7 @@ def test_logits_are_those_of_the_model(lm):
     (lambda lm: mmx.load("no/such/dir"), "no/such/dir"),
     (lambda lm: mmx.load("nano", dtype="float8"), "float8"),
     (lambda lm: mmx.load("nano", random_weights=True, quantize="int3"), "int3"),
-], ids=str)
+])
 def test_mistakes_are_told_in_a_sentence(lm, call, word):
     with pytest.raises(UserError) as error:
         call(lm)
