@@ -49,6 +49,7 @@ class Block(nnx.Module):
         alpha, beta = self.attn_factors
         x_BTD = alpha * (h if self.postnorm else x_BTD) + beta * out
         g = self.mlp_norm(x_BTD)
-        out, stats = self.moe(g, valid_BT, implementations.get("moe"))
+        inference = tokens.offsets_B is not None
+        out, stats = self.moe(g, valid_BT, implementations.get("moe"), inference)
         alpha, beta = self.mlp_factors
         return alpha * (g if self.postnorm else x_BTD) + beta * out, memory, stats

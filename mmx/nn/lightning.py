@@ -58,7 +58,7 @@ class LightningAttention(nnx.Module):
 
         The output is [B, T, D], or [B, 1, D] at each row's last token with `tokens.last_only`.
         """
-        qkv = jax.nn.silu(project("btd,dnch->btnch", h_BTD, self.qkv[...]))
+        qkv = project("btd,dnch->btnch", h_BTD, self.qkv[...], activation=jax.nn.silu)
         q, k, v = (qkv[..., i, :] for i in range(3))
         out_BTNH, state_BNHH = lightning_attention(
             q,
@@ -72,7 +72,7 @@ class LightningAttention(nnx.Module):
         )
         if tokens.last_only:
             h_BTD, out_BTNH = (last_token(x, tokens.lengths_B) for x in (h_BTD, out_BTNH))
-        gate = jax.nn.sigmoid(project("btd,dnh->btnh", h_BTD, self.gate[...]))
+        gate = project("btd,dnh->btnh", h_BTD, self.gate[...], activation=jax.nn.sigmoid)
         gated = gate * self.norm(out_BTNH)
         return project("btnh,nhd->btd", gated, self.out[...]), state_BNHH
 

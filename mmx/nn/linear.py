@@ -1,5 +1,7 @@
 """Products with plain or int8 weights, embedding rows, RMSNorm."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,26 +12,54 @@ from pallas_kernels import precision
 from pallas_kernels.quantized import QuantizedTensor, dequantize
 
 
-def project(spec: str, x: jax.Array, weight, out_dtype=None) -> jax.Array:
+def project(spec: str, x: jax.Array, weight, out_dtype=None, activation=None) -> jax.Array:
     """Returns `einsum(spec, x, weight)` summed in float32, in x's dtype or `out_dtype`.
 
     An int8 weight enters the product as integers; its scale, constant over the contracted axes,
-    is applied to the product.
+    is applied to the product. `activation` is applied last, elementwise.
     """
-    values = weight.values if isinstance(weight, QuantizedTensor) else weight
+    values = (weight.values if isinstance(weight, QuantizedTensor) else weight).astype(x.dtype)
+    inputs, output = spec.split("->")
+    left, right = inputs.split(",")
+    kept = [i for i, letter in enumerate(right) if letter in output]
+    scale = None
+    if isinstance(weight, QuantizedTensor):
+        scale = weight.scale.reshape([weight.scale.shape[i] for i in kept])
+    shape = None
+    if jax.default_backend() == "cpu" and _is_matrix_product(left, right, output):
+        # XLA's CPU backend multiplies two matrices as they lie; with more axes it may transpose
+        # the weight first, and it leaves elementwise loops over the small inner axes.
+        inner, outer = len(right) - len(kept), x.shape[: len(output) - len(kept)]
+        shape = (*outer, *values.shape[inner:])
+        x = x.reshape(math.prod(outer), -1)
+        values = values.reshape(math.prod(values.shape[:inner]), -1)
+        scale = None if scale is None else scale.reshape(-1)
+        spec = "xk,ky->xy"
     out = jnp.einsum(
         spec,
         x,
-        values.astype(x.dtype),
+        values,
         precision=precision.for_dtype(x.dtype),
         preferred_element_type=jnp.float32,
     )
-    if isinstance(weight, QuantizedTensor):
-        inputs, output = spec.split("->")
-        letters = inputs.split(",")[1]
-        kept = [i for i, letter in enumerate(letters) if letter in output]
-        out = out * weight.scale.reshape([weight.scale.shape[i] for i in kept])
-    return out.astype(out_dtype or x.dtype)
+    if scale is not None:
+        out = out * scale
+    out = out.astype(out_dtype or x.dtype)
+    if activation is not None:
+        out = activation(out)
+    return out if shape is None else out.reshape(shape)
+
+
+def _is_matrix_product(left: str, right: str, output: str) -> bool:
+    """True if the contracted axes end the left operand, lead the right one, and none is shared."""
+    if "." in left:
+        return False
+    inner = "".join(letter for letter in right if letter not in output)
+    return (
+        left.endswith(inner)
+        and right.startswith(inner)
+        and output == left[: len(left) - len(inner)] + right[len(inner) :]
+    )
 
 
 class RMSNorm(nnx.Module):

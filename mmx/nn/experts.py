@@ -1,0 +1,174 @@
+"""Ways to arrange the experts' products; each takes (g_TD, weight_Tk, expert_Tk, gate_up, down).
+
+All give the weighted sum over each token's experts, float32 [T, D]. Which is fastest depends on
+tokens and device; `choose` knows. `blocks` cannot be differentiated.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mmx.nn.linear import project
+from pallas_kernels import grouped_matmul
+from pallas_kernels.quantized import QuantizedTensor, dequantize
+
+# Rows of one expert that a CPU multiplies at once.
+_BLOCK = 128
+
+
+def choose(tokens: int, k: int, num_experts: int, width: int, inference: bool) -> str:
+    """Few tokens read only the experts they hit; a few more stream all; many are grouped."""
+    cpu = jax.default_backend() == "cpu"
+    if tokens * k <= num_experts // 2:
+        return "sliced" if cpu else "gather"
+    if cpu:
+        if tokens <= 64:
+            return "dense"
+        return "blocks" if inference else "tiled"
+    # Sorting costs more than idle products when all experts together are one thin matrix.
+    return "dense" if tokens <= 16 or num_experts * width <= 2048 else "grouped"
+
+
+def _swiglu(gate_up):
+    """SiLU(gate) · up for [..., 2, F] products, in float32."""
+    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+
+
+def _swiglu_flat(gate_up):
+    """SiLU(gate) · up for [..., 2F] products; on a CPU a split inner axis costs more than exp."""
+    F = gate_up.shape[-1] // 2
+    return jax.nn.silu(gate_up[..., :F]) * gate_up[..., F:]
+
+
+def sliced(g_TD, weight_Tk, expert_Tk, gate_up, down):
+    """One product per token and choice, each with its expert's matrices cut out of the whole."""
+    out = []
+    for t in range(expert_Tk.shape[0]):
+        terms = []
+        for j in range(expert_Tk.shape[1]):
+            w1, w2 = (_expert(w, expert_Tk[t, j], g_TD.dtype) for w in (gate_up, down))
+            hidden = _swiglu(project("d,dcf->cf", g_TD[t], w1, jnp.float32))
+            y = project("f,fd->d", hidden.astype(g_TD.dtype), w2, jnp.float32)
+            terms.append(weight_Tk[t, j] * y)
+        out.append(sum(terms[1:], terms[0]))
+    return jnp.stack(out)
+
+
+def _expert(weight, index, dtype):
+    """The matrix of one expert; a plain int8 leaf is cut before it is multiplied out."""
+    one = jax.tree.map(
+        lambda w: jax.lax.dynamic_index_in_dim(w, index, 0, keepdims=False), weight)
+    return dequantize(one, dtype)
+
+
+def gather(g_TD, weight_Tk, expert_Tk, gate_up, down):
+    """Reads the chosen experts' weights per token: the decode step of a small batch."""
+    chosen_gate_up, chosen_down = (
+        dequantize(jax.tree.map(lambda w: w[expert_Tk], w), g_TD.dtype) for w in (gate_up, down)
+    )
+    hidden = _swiglu(project("td,tkdcf->tkcf", g_TD, chosen_gate_up, jnp.float32))
+    out_TkD = project("tkf,tkfd->tkd", hidden.astype(g_TD.dtype), chosen_down, jnp.float32)
+    return jnp.sum(out_TkD * weight_Tk[..., None], axis=1)
+
+
+def dense(g_TD, weight_Tk, expert_Tk, gate_up, down):
+    """Runs every expert on every token and weighs by zero or more: the weights move once."""
+    E, D, _, F = gate_up.shape
+    weight_TE = jnp.sum(jax.nn.one_hot(expert_Tk, E) * weight_Tk[..., None], axis=1)
+    if jax.default_backend() == "cpu":
+        # Batched over experts: as one product XLA's CPU backend would transpose the weights first.
+        g_ETD = jnp.broadcast_to(g_TD, (E, *g_TD.shape))
+        merged = dequantize(gate_up, g_TD.dtype).reshape(E, D, 2 * F)
+        hidden = _swiglu_flat(project("etd,edf->etf", g_ETD, merged, jnp.float32))
+        hidden = (hidden * weight_TE.T[..., None]).swapaxes(0, 1).astype(g_TD.dtype)
+    else:
+        hidden = _swiglu(project("td,edcf->tecf", g_TD, gate_up, jnp.float32))
+        hidden = (hidden * weight_TE[..., None]).astype(g_TD.dtype)
+    # The sum runs over experts, whose scales differ, so int8 is multiplied out first.
+    if isinstance(down, QuantizedTensor):
+        down = dequantize(down, g_TD.dtype)
+    return project("tef,efd->td", hidden, down, jnp.float32)
+
+
+def grouped(g_TD, weight_Tk, expert_Tk, gate_up, down):
+    """Sorts (token, choice) pairs by expert and multiplies each group by its own matrices."""
+    T, k = expert_Tk.shape
+    E, D, _, F = gate_up.shape
+    flat = expert_Tk.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    sizes_E = jnp.bincount(flat, length=E).astype(jnp.int32)
+    rows = jnp.take(g_TD, order // k, axis=0)
+    merged = jax.tree.map(lambda w: w.reshape(E, w.shape[1], 2 * F), gate_up)
+    hidden = _swiglu(grouped_matmul(rows, merged, sizes_E).reshape(-1, 2, F).astype(jnp.float32))
+    out = grouped_matmul(hidden.astype(g_TD.dtype), down, sizes_E)
+    back = jnp.argsort(order)
+    out_TkD = jnp.take(out, back, axis=0).reshape(T, k, D).astype(jnp.float32)
+    return jnp.sum(out_TkD * weight_Tk[..., None], axis=1)
+
+
+def _rank(expert_M, E: int):
+    """Each pair's place among the pairs of its expert, and the pairs per expert: no sort."""
+    hit_ME = (expert_M[:, None] == jnp.arange(E)).astype(jnp.int32)
+    upto_ME = jnp.cumsum(hit_ME, axis=0)
+    return hit_ME, jnp.sum(upto_ME * hit_ME, axis=1) - 1, upto_ME[-1]
+
+
+def tiled(g_TD, weight_Tk, expert_Tk, gate_up, down):
+    """Pairs lie in tiles of one expert each, padded; one batched product runs over the tiles."""
+    T, k = expert_Tk.shape
+    E, D, _, F = gate_up.shape
+    M = T * k
+    tile = 256 if M >= 4096 else 128
+    count = -(-M // tile) + E - 1  # whole tiles that any sizes can need
+    hit_ME, rank_M, sizes_E = _rank(expert_Tk.reshape(-1), E)
+    tiles_E = -(-sizes_E // tile)
+    ends_E = jnp.cumsum(tiles_E)
+    slot_M = jnp.sum(hit_ME * ((ends_E - tiles_E) * tile), axis=1) + rank_M
+    # Padding rows take token 0 and are read by nobody.
+    source = jnp.zeros(count * tile, jnp.int32).at[slot_M].set(jnp.arange(M) // k)
+    expert_of_tile = jnp.minimum(jnp.sum(jnp.arange(count)[:, None] >= ends_E, axis=1), E - 1)
+    w1, w2 = (dequantize(jax.tree.map(lambda x: x[expert_of_tile], w), g_TD.dtype)
+              for w in (gate_up, down))
+    x = _rows(g_TD, source).reshape(count, tile, D)
+    hidden = project("nmd,ndf->nmf", x, w1.reshape(count, D, 2 * F), jnp.float32)
+    out = project("nmf,nfd->nmd", _swiglu_flat(hidden).astype(g_TD.dtype), w2, jnp.float32)
+    out_TkD = _rows(out.reshape(-1, D), slot_M).reshape(T, k, D)
+    return jnp.sum(out_TkD * weight_Tk[..., None], axis=1)
+
+
+def blocks(g_TD, weight_Tk, expert_Tk, gate_up, down):
+    """Pairs lie sorted; each expert walks over its rows in blocks, in a loop of dynamic length.
+
+    The last block of an expert runs into the next one's rows, which are written after it.
+    """
+    T, k = expert_Tk.shape
+    E, D, _, F = gate_up.shape
+    M = T * k
+    hit_ME, rank_M, sizes_E = _rank(expert_Tk.reshape(-1), E)
+    first_E = jnp.cumsum(sizes_E) - sizes_E
+    slot_M = jnp.sum(hit_ME * first_E, axis=1) + rank_M
+    source = jnp.zeros(M + _BLOCK, jnp.int32).at[slot_M].set(jnp.arange(M) // k)
+    x = _rows(g_TD, source)
+    out = jnp.zeros((M + _BLOCK, D), jnp.float32)
+    for e in range(E):
+        w1, w2 = (dequantize(jax.tree.map(lambda x, e=e: x[e], w), g_TD.dtype)
+                  for w in (gate_up, down))
+        w1 = w1.reshape(D, 2 * F)
+
+        def block(i, out, w1=w1, w2=w2, first=first_E[e]):
+            at = first + i * _BLOCK
+            rows = jax.lax.dynamic_slice_in_dim(x, at, _BLOCK)
+            hidden = _swiglu_flat(project("md,df->mf", rows, w1, jnp.float32))
+            y = project("mf,fd->md", hidden.astype(x.dtype), w2, jnp.float32)
+            return jax.lax.dynamic_update_slice_in_dim(out, y, at, 0)
+
+        out = jax.lax.fori_loop(0, -(-sizes_E[e] // _BLOCK), block, out)
+    out_TkD = _rows(out, slot_M).reshape(T, k, D)
+    return jnp.sum(out_TkD * weight_Tk[..., None], axis=1)
+
+
+def _rows(x, index):
+    return x.at[index].get(mode="promise_in_bounds")
+
+
+TABLE = {"sliced": sliced, "gather": gather, "dense": dense, "grouped": grouped, "tiled": tiled,
+         "blocks": blocks}
