@@ -112,7 +112,8 @@ def same_greedy_tokens(logits, expected):
     """Equal argmax wherever the best logit leads by more than two errors of the table's size."""
     best_two = np.sort(expected, axis=-1)[:, -2:]
     clear = best_two[:, 1] - best_two[:, 0] > 2 * bound("split") * np.abs(expected).max()
-    assert clear.mean() > 0.9  # the comparison below must not be empty
+    # The comparison below must not be empty; one near-tie in a handful of tokens is no fault.
+    assert np.sum(~clear) <= max(1, 0.1 * clear.size)
     assert (logits.argmax(-1) == expected.argmax(-1))[clear].all()
 
 
