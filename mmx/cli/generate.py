@@ -20,7 +20,7 @@ from mmx.cli.shared import (
 from mmx.errors import UserError
 
 EXAMPLE = """
-mmx generate --model=nano --prompt="Once upon a time" --max_tokens=100
+mmx generate --model=nano --prompt="To install the program, you" --max_tokens=100
 mmx generate --prompt_file=notes.txt --temperature=0.7 --top_p=0.95 --json
 mmx generate --model=DIR --chat --system="Answer briefly."
 """
@@ -130,7 +130,7 @@ def _prompt(settings: GenerateSettings) -> str | None:
         text = text.removesuffix("\n")
     if not text:
         raise UserError("The prompt is empty.", "An answer needs at least one token before it.",
-                        'Write for example --prompt="Once upon a time".')
+                        'Write for example --prompt="To install the program, you".')
     return text
 
 
