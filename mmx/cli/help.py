@@ -17,7 +17,7 @@ verbs:
 {verbs}
 
 example:
-  mmx generate --model=nano --prompt="Once upon a time"
+  mmx generate --model=nano --prompt="To install the program, you"
 
 'mmx VERB --help' tells a verb's flags. 'mmx --version' tells the version."""
 
