@@ -2,8 +2,8 @@
 
     python benchmarks/plot_nano.py
 
-Reads benchmarks/results/nano_train.jsonl (the trainer's metrics) and nano_eval.json
-(launch/nano/eval.py --json), writes docs/images/nano_training.png and nano_needle.png.
+Reads the trainer's metrics, benchmarks/results/nano_train.jsonl, and what launch/nano/eval.py
+measured, nano_eval.json. Writes docs/images/nano_training.png and nano_needle.png.
 Needs matplotlib (the dev extra).
 """
 
@@ -26,7 +26,8 @@ def draw_training(metrics: Path, target: Path) -> None:
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     train = [row for row in rows if "loss" in row]
     held = [row for row in rows if "heldout/loss" in row]
-    xz = json.loads((metrics.parent / "nano_eval.json").read_text())["heldout"]
+    report = json.loads((metrics.parent / "nano_eval.json").read_text())
+    xz = report["heldout"]["all_heldout_xz9"]
 
     def series(source, name, scale=1.0):
         return ([row["step"] * TOKENS_PER_STEP / 1e6 for row in source],
@@ -39,48 +40,49 @@ def draw_training(metrics: Path, target: Path) -> None:
     bits.plot(*series(train, "text/bits_per_byte"), color=BLUE, label="training text")
     bits.plot(*series(held, "heldout/bits_per_byte"), "o-", color=GREEN, markersize=5,
               label="held-out text")
-    bits.axhline(xz["xz9_bits_per_byte"], color=INK, linestyle="--", linewidth=1)
-    bits.annotate("xz -9 on the held-out text", (1030, xz["xz9_bits_per_byte"]), ha="right",
+    bits.axhline(xz, color=INK, linestyle="--", linewidth=1)
+    bits.annotate("xz -9 on the held-out text", (1030, xz), ha="right",
                   va="bottom", textcoords="offset points", xytext=(0, 3), color=INK, fontsize=9)
     bits.set(title="Prose", ylabel="bits per byte", ylim=(0.7, 2.3))
-    recall.plot(*series(train, "recall/accuracy", 100), color=ORANGE, label="training, to 2,048")
-    recall.plot(*series(held, "recall_1x/accuracy", 100), "o-", color=GREEN, markersize=5,
-                label="held out, to 2,048")
-    recall.plot(*series(held, "recall_4x/accuracy", 100), "s--", color=BLUE, markersize=5,
-                label="held out, to 8,192")
-    recall.set(title="Recalled tokens that are right", ylabel="%", ylim=(0, 102))
-    for axis, place in ((loss, "upper right"), (bits, (0.42, 0.55)), (recall, "lower right")):
+    for source, name, style, color, label in (
+            (train, "recall/accuracy", "-", ORANGE, "training, to 2,048"),
+            (held, "recall_1x/accuracy", "o-", GREEN, "held out, to 2,048"),
+            (held, "recall_4x/accuracy", "s--", BLUE, "held out, to 8,192")):
+        tokens, right = series(source, name, 100)
+        recall.plot(tokens, [100 - share for share in right], style, color=color, markersize=5,
+                    label=label)
+    recall.set(title="Recalled tokens that are wrong", ylabel="% (log scale)", yscale="log",
+               ylim=(0.05, 100))
+    recall.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
+    for axis, place in ((loss, "upper right"), (bits, (0.42, 0.55)), (recall, "upper right")):
         axis.set(xlabel="million tokens", xlim=(0, 1060))
         axis.legend(frameon=False, fontsize=9, loc=place)
     _save(figure, target)
 
 
 def draw_needles(results: Path, target: Path) -> None:
-    """One heat map per form of prompt: share of found needles by depth and length."""
+    """A heat map: share of found needles by depth, for each length and form of prompt."""
     report = json.loads(results.read_text())
-    forms: dict[str, dict[int, dict]] = {}
-    for name, cell in report["needle"].items():
-        form, length = name.rsplit("_", 1)
-        forms.setdefault(form, {})[int(length)] = cell["by_depth"]
-    rows = max(map(len, forms.values()))
-    figure, axes = plt.subplots(1, len(forms), figsize=(11, 1.5 + 0.42 * rows), squeeze=False,
-                                layout="constrained")
-    for axis, (form, cells) in zip(axes[0], forms.items(), strict=True):
-        lengths = sorted(cells)
-        depths = list(cells[lengths[0]])
-        shares = [[100 * cells[n][depth] for depth in depths] for n in lengths]
-        image = axis.imshow(shares, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-        for y, line in enumerate(shares):
-            for x, share in enumerate(line):
-                axis.text(x, y, f"{share:.0f}", ha="center", va="center", fontsize=9,
-                          color="white" if share in (0, 100) else INK)
-        axis.set_xticks(range(len(depths)), [depth.rstrip("%") for depth in depths])
-        axis.set_yticks(range(len(lengths)), [f"{n:,}" for n in lengths])
-        axis.set(title=f"{form} prompt", xlabel="depth of the needle, %")
-        axis.tick_params(length=0)
-        axis.spines[:].set_visible(False)
-    axes[0][0].set_ylabel("tokens")
-    figure.colorbar(image, ax=axes[0].tolist(), label="found, %", pad=0.01)
+    lines = []
+    for part, note in (("needle", ""), ("needle_at_training_base", "\nrotary base 10,000")):
+        for name, cell in report[part].items():
+            form, length = name.rsplit("_", 1)
+            if not note or cell["accuracy"] < 1:
+                lines.append((f"{int(length):,} tokens, {form}{note}", cell["by_depth"]))
+    depths = list(lines[0][1])
+    shares = [[100 * cells[depth] for depth in depths] for _, cells in lines]
+    figure, axis = plt.subplots(figsize=(8.5, 1.3 + 0.55 * len(lines)), layout="constrained")
+    image = axis.imshow(shares, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+    for y, row in enumerate(shares):
+        for x, share in enumerate(row):
+            axis.text(x, y, f"{share:.0f}", ha="center", va="center", fontsize=9,
+                      color="white" if share in (0, 100) else INK)
+    axis.set_xticks(range(len(depths)), [depth.rstrip("%") for depth in depths])
+    axis.set_yticks(range(len(lines)), [label for label, _ in lines])
+    axis.set(title="Needles found, %", xlabel="depth of the needle, % (0 = first)")
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axis, pad=0.02)
     _save(figure, target)
 
 
