@@ -1,7 +1,7 @@
 """Ways to arrange the experts' products; each takes (g_TD, weight_Tk, expert_Tk, gate_up, down).
 
 All give the weighted sum over each token's experts, float32 [T, D]. Which is fastest depends on
-tokens and device; `choose` knows. `blocks` cannot be differentiated.
+tokens and device; `choose` knows. `filled` cannot be differentiated.
 """
 
 import jax
@@ -11,7 +11,8 @@ from mmx.nn.linear import project
 from pallas_kernels import grouped_matmul
 from pallas_kernels.quantized import QuantizedTensor, dequantize
 
-# Rows of one expert that a CPU multiplies at once.
+# `filled`: room per expert in quarters of its equal share, and rows of a block beyond it.
+_ROOM = 5
 _BLOCK = 128
 
 
@@ -23,7 +24,7 @@ def choose(tokens: int, k: int, num_experts: int, width: int, inference: bool) -
     if cpu:
         if tokens <= 64:
             return "dense"
-        return "blocks" if inference else "tiled"
+        return "filled" if inference else "tiled"
     # Sorting costs more than idle products when all experts together are one thin matrix.
     return "dense" if tokens <= 16 or num_experts * width <= 2048 else "grouped"
 
@@ -135,35 +136,55 @@ def tiled(g_TD, weight_Tk, expert_Tk, gate_up, down):
     return jnp.sum(out_TkD * weight_Tk[..., None], axis=1)
 
 
-def blocks(g_TD, weight_Tk, expert_Tk, gate_up, down):
-    """Pairs lie sorted; each expert walks over its rows in blocks, in a loop of dynamic length.
+def filled(g_TD, weight_Tk, expert_Tk, gate_up, down):
+    """Every expert has room for a little more than its share; what overflows runs in blocks.
 
-    The last block of an expert runs into the next one's rows, which are written after it.
+    The room is one batched product without copies of weights. Pairs beyond it lie sorted behind,
+    and a loop of dynamic length walks over them: few, unless the router is badly out of balance.
     """
     T, k = expert_Tk.shape
     E, D, _, F = gate_up.shape
-    M = T * k
+    M, dtype = T * k, g_TD.dtype
+    room = -(-M * _ROOM // (4 * E * 16)) * 16
     hit_ME, rank_M, sizes_E = _rank(expert_Tk.reshape(-1), E)
-    first_E = jnp.cumsum(sizes_E) - sizes_E
-    slot_M = jnp.sum(hit_ME * first_E, axis=1) + rank_M
-    source = jnp.zeros(M + _BLOCK, jnp.int32).at[slot_M].set(jnp.arange(M) // k)
-    x = _rows(g_TD, source)
-    out = jnp.zeros((M + _BLOCK, D), jnp.float32)
-    for e in range(E):
-        w1, w2 = (dequantize(jax.tree.map(lambda x, e=e: x[e], w), g_TD.dtype)
-                  for w in (gate_up, down))
-        w1 = w1.reshape(D, 2 * F)
+    over_E = jnp.maximum(sizes_E - room, 0)
+    behind_E = jnp.cumsum(over_E) - over_E
+    inside_M = rank_M < room
+    rows = E * room
+    first_M = jnp.sum(hit_ME * (rows - room + behind_E), axis=1)
+    slot_M = rank_M + jnp.where(inside_M, expert_Tk.reshape(-1) * room, first_M)
+    # Padding rows take token 0 and are read by nobody.
+    source = jnp.zeros(rows + M + _BLOCK, jnp.int32).at[slot_M].set(jnp.arange(M) // k)
+    w1 = jax.tree.map(lambda w: w.reshape(E, w.shape[1], 2 * F), gate_up)
 
-        def block(i, out, w1=w1, w2=w2, first=first_E[e]):
-            at = first + i * _BLOCK
-            rows = jax.lax.dynamic_slice_in_dim(x, at, _BLOCK)
-            hidden = _swiglu_flat(project("md,df->mf", rows, w1, jnp.float32))
-            y = project("mf,fd->md", hidden.astype(x.dtype), w2, jnp.float32)
-            return jax.lax.dynamic_update_slice_in_dim(out, y, at, 0)
+    def run(spec, x, w1, w2):
+        first, second = spec
+        hidden = _swiglu_flat(project(first, x, dequantize(w1, dtype), jnp.float32))
+        return project(second, hidden.astype(dtype), dequantize(w2, dtype), jnp.float32)
 
-        out = jax.lax.fori_loop(0, -(-sizes_E[e] // _BLOCK), block, out)
-    out_TkD = _rows(out, slot_M).reshape(T, k, D)
-    return jnp.sum(out_TkD * weight_Tk[..., None], axis=1)
+    x = _rows(g_TD, source[:rows]).reshape(E, room, D)
+    inside = run(("emd,edf->emf", "emf,efd->emd"), x, w1, down).reshape(rows, D)
+
+    blocks_E = -(-over_E // _BLOCK)
+    ends_E = jnp.cumsum(blocks_E)
+
+    def block(i, out):
+        e = jnp.sum(i >= ends_E)
+        at = behind_E[e] + (i - ends_E[e] + blocks_E[e]) * _BLOCK
+        x = _rows(g_TD, jax.lax.dynamic_slice_in_dim(source, rows + at, _BLOCK))
+        one1, one2 = (_expert(w, e, dtype) for w in (w1, down))
+        y = run(("md,df->mf", "mf,fd->md"), x, one1, one2)
+        # An expert's last block runs into the next one's rows, which are written after it.
+        return jax.lax.dynamic_update_slice_in_dim(out, y, at, 0)
+
+    behind = jnp.zeros((M + _BLOCK, D), jnp.float32)
+    behind = jax.lax.fori_loop(0, ends_E[-1], block, behind)
+    out = jnp.where(
+        inside_M[:, None],
+        _rows(inside, jnp.where(inside_M, slot_M, 0)),
+        _rows(behind, jnp.where(inside_M, 0, slot_M - rows)),
+    )
+    return jnp.sum(out.reshape(T, k, D) * weight_Tk[..., None], axis=1)
 
 
 def _rows(x, index):
@@ -171,4 +192,4 @@ def _rows(x, index):
 
 
 TABLE = {"sliced": sliced, "gather": gather, "dense": dense, "grouped": grouped, "tiled": tiled,
-         "blocks": blocks}
+         "filled": filled}

@@ -10,18 +10,19 @@ import jax.numpy as jnp
 
 from pallas_kernels import precision
 
-# 64 rows keep the intra-chunk arithmetic at or below the inter-chunk part's for H = 64 … 128.
+# Rows of a chunk: 64 keep the intra-chunk arithmetic at or below the inter-chunk part's for
+# H = 64 … 128, and 32 do for smaller heads.
 CHUNK = 64
-# Chunks handled at once: enough to fill a device, few enough to bound the memory for states.
-CHUNKS_AT_ONCE = 32
+# Tokens handled at once: enough to fill a device, few enough to bound the memory for states.
+SPAN = 2048
 
 
 def lightning_attention(q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT, lengths_B):
     """Chunked form; arguments and results as in the public function."""
     B, T, N, H = q_BTNH.shape
-    C = min(CHUNK, -(-T // 8) * 8)
+    C = min(CHUNK if H > 32 else CHUNK // 2, -(-T // 8) * 8)
     chunks = -(-T // C)
-    span = C * -(-chunks // -(-chunks // CHUNKS_AT_ONCE))
+    span = C * -(-chunks // -(-chunks // (SPAN // C)))
     padding = -T % span
     if padding and lengths_B is None:
         lengths_B = jnp.full((B,), T, jnp.int32)
@@ -51,8 +52,10 @@ def _span(q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT, lengths_B, C)
     B, T, N, H = q_BTNH.shape
     dtype = q_BTNH.dtype
     prec = precision.for_dtype(dtype)
-    # [B, chunks, N, C, H]: heads outside rows, so that each product is one batched matmul.
-    q, k, v = (x.reshape(B, -1, C, N, H).swapaxes(2, 3) for x in (q_BTNH, k_BTNH, v_BTNH))
+    # [B, chunks, N, C, H]: heads outside rows, so that each product is one batched matmul. Keys
+    # lie transposed, [B, chunks, N, H, C], as both of their products take them.
+    q, v = (x.reshape(B, -1, C, N, H).swapaxes(2, 3) for x in (q_BTNH, v_BTNH))
+    k = k_BTNH.reshape(B, -1, C, N, H).transpose(0, 1, 3, 4, 2)
     row_C = jnp.arange(C, dtype=jnp.float32)
     s_N1 = slopes_N[:, None]
 
@@ -84,10 +87,10 @@ def _span(q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT, lengths_B, C)
     def product(spec, a, b, prec=prec):
         return jnp.einsum(spec, a, b, precision=prec, preferred_element_type=jnp.float32)
 
-    scores = product("bcnrh,bcnsh->bcnrs", q, k) * mask_CC
+    scores = product("bcnrh,bcnhs->bcnrs", q, k) * mask_CC
     intra = product("bcnrs,bcnsh->bcnrh", scores.astype(dtype), v)
-    k_end = (k.astype(jnp.float32) * k_decay[..., None]).astype(dtype)
-    update_BcNHH = product("bcnsh,bcnsg->bcnhg", k_end, v)
+    k_end = (k.astype(jnp.float32) * k_decay[..., None, :]).astype(dtype)
+    update_BcNHH = product("bcnhs,bcnsg->bcnhg", k_end, v)
 
     carry_decay = jnp.broadcast_to(carry_decay, update_BcNHH.shape[:3])
 
@@ -99,10 +102,14 @@ def _span(q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT, lengths_B, C)
     state, incoming = jax.lax.scan(
         next_state, state_BNHH, (by_chunk(carry_decay), by_chunk(update_BcNHH))
     )
-    q_start = q.astype(jnp.float32) * q_decay_NC[..., None]
     # fp32 on both sides: the state's small entries matter after long decays.
-    inter = product("bcnrh,bcnhg->bcnrg", q_start, by_chunk(incoming), jax.lax.Precision.HIGHEST)
-    out = (intra + inter).swapaxes(2, 3).reshape(B, T, N, H)
+    inter = product(
+        "bcnrh,bcnhg->bcnrg",
+        q.astype(jnp.float32),
+        by_chunk(incoming),
+        jax.lax.Precision.HIGHEST,
+    )
+    out = (intra + inter * q_decay_NC[..., None]).swapaxes(2, 3).reshape(B, T, N, H)
     if lengths_B is not None:
         out = jnp.where((jnp.arange(T) < lengths_B[:, None])[..., None, None], out, 0.0)
     return out.astype(dtype), state

@@ -154,7 +154,7 @@ def test_gradients_equal_closed_form(form, T, layer):
 def test_spans_of_chunks_carry_the_state(monkeypatch):
     """Long inputs run span by span; short spans here give the same outputs and gradients."""
     xla = importlib.import_module("pallas_kernels.lightning_attention.xla")
-    monkeypatch.setattr(xla, "CHUNKS_AT_ONCE", 2)
+    monkeypatch.setattr(xla, "SPAN", 128)
     T, lengths = 300, (300, 140)
     q, k, v, state = draw(T)
     starts = np.zeros((B, T), bool)
