@@ -166,7 +166,7 @@ def test_every_module_imports_without_the_extras():
 
 
 def test_no_assert_on_input():
-    """User input is refused by a sentence; an `assert` ends in a traceback, or is optimised away."""
+    """User input is refused by a sentence; an `assert` ends in a traceback or is optimised away."""
     asserts = [f"{path.relative_to(ROOT)}:{node.lineno}" for module, path in MODULES
                for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
     assert not asserts
