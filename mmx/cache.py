@@ -16,7 +16,8 @@ class Cache:
 
     Attributes:
       stacks: per stack, per position in its pattern: {"state": [R, B, N, H, H] float32} for a
-        lightning layer, {"k", "v": [R, B, S, K, H]} for a softmax layer.
+        lightning layer, {"k", "v": [R, B, K, S, H]} for a softmax layer (heads before time, as the
+        products of a decode step read them).
       lengths_B: int32 tokens consumed by each row.
     """
 
@@ -33,7 +34,7 @@ class Cache:
         for stack in self.stacks:
             for memory in stack:
                 if "k" in memory:
-                    return memory["k"].shape[2]
+                    return memory["k"].shape[3]
         return None
 
 
@@ -44,7 +45,7 @@ def cache_shapes(config: ModelConfig, batch: int, capacity: int, dtype) -> Cache
     def memory(kind, repeats):
         if kind == LIGHTNING:
             return {"state": jax.ShapeDtypeStruct((repeats, batch, N, H, H), STATE_DTYPE)}
-        kv = jax.ShapeDtypeStruct((repeats, batch, capacity, K, H), dtype)
+        kv = jax.ShapeDtypeStruct((repeats, batch, K, capacity, H), dtype)
         return {"k": kv, "v": kv}
 
     stacks = tuple(
@@ -86,9 +87,9 @@ def grow(cache: Cache, capacity: int) -> Cache:
     def pad(memory):
         if "k" not in memory:
             return memory
-        extra = capacity - memory["k"].shape[2]
+        extra = capacity - memory["k"].shape[3]
         return {
-            name: jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0), (0, 0)))
+            name: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra), (0, 0)))
             for name, x in memory.items()
         }
 

@@ -13,6 +13,7 @@ from mmx import model
 from mmx.config import ModelConfig, preset, preset_names
 from mmx.engine import memory
 from mmx.engine.engine import Engine
+from mmx.engine.memory import one_arena
 from mmx.engine.request import Event, Request, Result, SamplingParams
 from mmx.errors import UserError
 from mmx.text import Tokenizer, load_tokenizer, render_ids
@@ -141,6 +142,7 @@ def load(path_or_id: str | Path = "nano", *, dtype: str | None = None,
     """
     from mmx.checkpoint import load_config, load_params, locate
 
+    one_arena()
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in ("float32", "bfloat16"):

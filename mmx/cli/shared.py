@@ -69,7 +69,7 @@ class EngineSettings:
     capacity: int | None = setting(
         None, "Most tokens of prompt and answer together; the cache grows as needed unless given.",
         group="Engine", low=1)
-    prefill_chunk: int = setting(512, "Longest piece of a prompt that is read at once.",
+    prefill_chunk: int = setting(2048, "Longest piece of a prompt that is read at once.",
                                  group="Engine", low=1)
     kv_dtype: str | None = setting(None, "Number format of cached keys and values.",
                                    group="Engine", choices=("float32", "bfloat16"))

@@ -18,7 +18,8 @@ from mmx.engine.request import Event, Request, TokenLogprob
 from mmx.engine.steps import Key, Steps, find_forbidden
 from mmx.errors import UserError
 
-CHUNK_SIZES = (16, 64, 256)
+CHUNK_SIZES = (16, 64, 256, 512)
+PREFILL_CHUNK = 2048
 MIN_CAPACITY = 256
 # A further chunk costs about as much as this many tokens of padding.
 _CHUNK_COST = 32
@@ -53,13 +54,15 @@ class Engine:
     """
 
     def __init__(self, config: ModelConfig, params, tokenizer=None, *, slots: int = 1,
-                 capacity: int | None = None, prefill_chunk: int = 512,
+                 capacity: int | None = None, prefill_chunk: int = PREFILL_CHUNK,
                  kv_dtype: str | None = None, forbidden_ids: Iterable[int] = (), eos_ids=None):
         for name, value in (("slots", slots), ("capacity", capacity),
                             ("prefill_chunk", prefill_chunk)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UserError(f"{name}={value!r} is out of range.",
                                 "It must be an integer ≥ 1.", f"Set {name} to a positive integer.")
+        if jax.default_backend() == "cpu":
+            memory.keep_freed_memory()
         self.config, self.tokenizer, self.slots = config, tokenizer, slots
         self.kv_dtype = str(jnp.dtype(kv_dtype or params["norm/weight"].dtype))
         self.fixed_capacity = capacity

@@ -24,7 +24,7 @@ class SoftmaxAttention(nnx.Module):
         self.rotary_dim, self.theta = config.rotary_dim, config.rope_theta
 
     def __call__(self, h_BTD, cache, tokens: Tokens, implementation=None):
-        """Returns the layer's output [B, T, D] and the new (k, v) [B, S, K, H], or None.
+        """Returns the layer's output [B, T, D] and the new (k, v) [B, K, S, H], or None.
 
         `cache` is None (attention among the given tokens) or (k, v, offsets_B): the tokens are
         written at `offsets_B` and attend to all that the cache holds. With `tokens.last_only` the
@@ -44,35 +44,35 @@ class SoftmaxAttention(nnx.Module):
         else:
             k_cache, v_cache, offsets_B = cache
             new = tuple(
-                write_rows(old, x, offsets_B, lengths_B)
+                write_rows(old, x.swapaxes(1, 2), offsets_B, lengths_B)
                 for old, x in ((k_cache, k), (v_cache, v))
             )
-            k, v = (x.astype(q.dtype) for x in new)
+            k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in new)
             out = attention(q, k, v, offsets_B=position_BT[:, 0], implementation=implementation)
         return project("btnh,nhd->btd", out, self.out[...]), new
 
 
-def write_rows(cache_BSKH, x_BTKH, offsets_B, lengths_B) -> jax.Array:
+def write_rows(cache_BKSH, x_BKTH, offsets_B, lengths_B) -> jax.Array:
     """Writes each row's first `lengths_B[b]` tokens at `offsets_B[b]`, and nothing else.
 
     A window of T tokens is read, merged and written back; near the end of the cache the window
     moves left and the tokens right, so padding can neither overwrite nor be cut into place.
     """
-    S, T = cache_BSKH.shape[1], x_BTKH.shape[1]
+    S, T = cache_BKSH.shape[2], x_BKTH.shape[2]
     if T > S:
         raise ValueError(f"{T} tokens do not fit a cache of {S}; allocate at least the chunk.")
-    x_BTKH = x_BTKH.astype(cache_BSKH.dtype)
+    x_BKTH = x_BKTH.astype(cache_BKSH.dtype)
 
-    def row(cache_SKH, x_TKH, offset, length):
+    def row(cache_KSH, x_KTH, offset, length):
         first = jnp.clip(offset, 0, S - T)
         shift = offset - first
         index_T = jnp.arange(T) - shift
-        mine_T11 = ((index_T >= 0) & (index_T < length))[:, None, None]
-        old_TKH = jax.lax.dynamic_slice_in_dim(cache_SKH, first, T)
-        new_TKH = jnp.where(mine_T11, jnp.roll(x_TKH, shift, axis=0), old_TKH)
-        return jax.lax.dynamic_update_slice_in_dim(cache_SKH, new_TKH, first, 0)
+        mine_T1 = ((index_T >= 0) & (index_T < length))[:, None]
+        old_KTH = jax.lax.dynamic_slice_in_dim(cache_KSH, first, T, 1)
+        new_KTH = jnp.where(mine_T1, jnp.roll(x_KTH, shift, axis=1), old_KTH)
+        return jax.lax.dynamic_update_slice_in_dim(cache_KSH, new_KTH, first, 1)
 
     # Row by row for small batches: a batched dynamic slice becomes a scatter, which is slow on CPU.
-    if cache_BSKH.shape[0] == 1:
-        return row(cache_BSKH[0], x_BTKH[0], offsets_B[0], lengths_B[0])[None]
-    return jax.vmap(row)(cache_BSKH, x_BTKH, offsets_B, lengths_B)
+    if cache_BKSH.shape[0] == 1:
+        return row(cache_BKSH[0], x_BKTH[0], offsets_B[0], lengths_B[0])[None]
+    return jax.vmap(row)(cache_BKSH, x_BKTH, offsets_B, lengths_B)

@@ -27,6 +27,9 @@ def lightning_decode(
         q_BNH = jnp.where(active_B1[..., None], q_BNH, 0.0)
     update_BNHH = k_BNH[..., :, None] * v_BNH[..., None, :]
     state_BNHH = decay_BN[..., None, None] * state_BNHH + update_BNHH
-    # A sum of products, not a matrix product: it fuses with the update, so the state moves once.
-    out_BNH = jnp.sum(q_BNH[..., :, None] * state_BNHH, axis=-2)
+    if jax.default_backend() == "cpu":
+        out_BNH = jnp.einsum("bnh,bnhg->bng", q_BNH, state_BNHH, precision="highest")
+    else:
+        # A sum of products, not a matrix product: fused with the update, the state moves once.
+        out_BNH = jnp.sum(q_BNH[..., :, None] * state_BNHH, axis=-2)
     return out_BNH[:, None].astype(q_B1NH.dtype), state_BNHH
