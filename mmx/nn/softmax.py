@@ -44,7 +44,7 @@ class SoftmaxAttention(nnx.Module):
         else:
             k_cache, v_cache, offsets_B = cache
             new = tuple(
-                write_rows(old, x.swapaxes(1, 2), offsets_B, lengths_B)
+                write_rows(old, x, offsets_B, lengths_B)
                 for old, x in ((k_cache, k), (v_cache, v))
             )
             k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in new)
@@ -52,27 +52,18 @@ class SoftmaxAttention(nnx.Module):
         return project("btnh,nhd->btd", out, self.out[...]), new
 
 
-def write_rows(cache_BKSH, x_BKTH, offsets_B, lengths_B) -> jax.Array:
-    """Writes each row's first `lengths_B[b]` tokens at `offsets_B[b]`, and nothing else.
-
-    A window of T tokens is read, merged and written back; near the end of the cache the window
-    moves left and the tokens right, so padding can neither overwrite nor be cut into place.
-    """
-    S, T = cache_BKSH.shape[2], x_BKTH.shape[2]
+def write_rows(cache_BKSH, x_BTKH, offsets_B, lengths_B) -> jax.Array:
+    """Writes each row's first `lengths_B[b]` tokens at `offsets_B[b]`, and nothing else."""
+    B, T = x_BTKH.shape[:2]
+    S = cache_BKSH.shape[2]
     if T > S:
         raise ValueError(f"{T} tokens do not fit a cache of {S}; allocate at least the chunk.")
-    x_BKTH = x_BKTH.astype(cache_BKSH.dtype)
-
-    def row(cache_KSH, x_KTH, offset, length):
-        first = jnp.clip(offset, 0, S - T)
-        shift = offset - first
-        index_T = jnp.arange(T) - shift
-        mine_T1 = ((index_T >= 0) & (index_T < length))[:, None]
-        old_KTH = jax.lax.dynamic_slice_in_dim(cache_KSH, first, T, 1)
-        new_KTH = jnp.where(mine_T1, jnp.roll(x_KTH, shift, axis=1), old_KTH)
-        return jax.lax.dynamic_update_slice_in_dim(cache_KSH, new_KTH, first, 1)
-
-    # Row by row for small batches: a batched dynamic slice becomes a scatter, which is slow on CPU.
-    if cache_BKSH.shape[0] == 1:
-        return row(cache_BKSH[0], x_BKTH[0], offsets_B[0], lengths_B[0])[None]
-    return jax.vmap(row)(cache_BKSH, x_BKTH, offsets_B, lengths_B)
+    x_BTKH = x_BTKH.astype(cache_BKSH.dtype)
+    # Padding goes beyond the cache, where it is dropped. Nothing of the cache is read, so that a
+    # donated one is updated in place.
+    if B * T == 1:  # XLA makes a slice update of a single index, and copies the cache for it
+        x_BTKH, T = jnp.pad(x_BTKH, ((0, 0), (0, 1), (0, 0), (0, 0))), 2
+    time_T = jnp.arange(T)
+    index_BT = jnp.where(time_T < lengths_B[:, None], offsets_B[:, None] + time_T, S + time_T)
+    rows_B1 = jnp.arange(B)[:, None]
+    return cache_BKSH.at[rows_B1, :, index_BT].set(x_BTKH, mode="drop", unique_indices=True)

@@ -19,6 +19,7 @@ KEY_BLOCK = 1024
 CPU_SCORES = 1 << 20
 # Past this many static query blocks one compiled loop is better than a long program.
 MAX_STATIC_BLOCKS = 16
+DECODE_BLOCK = 256
 NEG_INF = -1e30  # finite, so that a fully masked block gives exp(0) · 0 and never NaN
 
 
@@ -82,6 +83,8 @@ def _key_block(q, S: int) -> int:
     if jax.default_backend() != "cpu":
         return KEY_BLOCK
     rows = math.prod(q.shape[:-1])
+    if q.shape[3] == 1:
+        return min(DECODE_BLOCK, S)
     block = 1 << max(CPU_SCORES // rows, 1).bit_length() - 1
     return min(max(block, 128), KEY_BLOCK, S)
 
