@@ -17,6 +17,7 @@ from mmx.engine.output import Output
 from mmx.engine.request import Event, Request, TokenLogprob
 from mmx.engine.steps import Key, Steps, find_forbidden
 from mmx.errors import UserError
+from mmx.nn.wide import widen
 
 CHUNK_SIZES = (16, 64, 256, 512)
 PREFILL_CHUNK = 2048
@@ -72,7 +73,9 @@ class Engine:
             eos_ids = (*config.eos_token_ids, *getattr(tokenizer, "eos_ids", ()))
         self.eos_ids = frozenset(eos_ids)
         sharding = _common_sharding(params)
-        self._steps = Steps(config, params, slots, self.kv_dtype, sharding)
+        wide = jax.default_backend() == "cpu" and sharding is None
+        self._steps = Steps(
+            config, widen(params) if wide else params, slots, self.kv_dtype, sharding)
         forbidden_V = find_forbidden(params)
         forbidden_V[list(forbidden_ids)] = True
         if forbidden_V.all():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.nn.linear import project
+from mmx.nn.wide import Wide
 from pallas_kernels import grouped_matmul
 from pallas_kernels.quantized import QuantizedTensor, dequantize
 
@@ -42,12 +43,17 @@ def _swiglu_flat(gate_up):
 
 def sliced(g_TD, weight_Tk, expert_Tk, gate_up, down):
     """One product per token and choice, each with its expert's matrices cut out of the whole."""
-    out = []
+    out, F = [], down.shape[1]
     for t in range(expert_Tk.shape[0]):
         terms = []
         for j in range(expert_Tk.shape[1]):
-            w1, w2 = (_expert(w, expert_Tk[t, j], g_TD.dtype) for w in (gate_up, down))
-            hidden = _swiglu(project("d,dcf->cf", g_TD[t], w1, jnp.float32))
+            e = expert_Tk[t, j]
+            if isinstance(gate_up, Wide):
+                w1 = jax.lax.dynamic_slice_in_dim(gate_up.values, e * 2 * F, 2 * F, axis=1)
+            else:
+                w1 = _expert(gate_up, e, g_TD.dtype).reshape(-1, 2 * F)
+            w2 = _expert(down, e, g_TD.dtype)
+            hidden = _swiglu_flat(project("d,df->f", g_TD[t], w1, jnp.float32))
             y = project("f,fd->d", hidden.astype(g_TD.dtype), w2, jnp.float32)
             terms.append(weight_Tk[t, j] * y)
         out.append(sum(terms[1:], terms[0]))
@@ -73,9 +79,12 @@ def gather(g_TD, weight_Tk, expert_Tk, gate_up, down):
 
 def dense(g_TD, weight_Tk, expert_Tk, gate_up, down):
     """Runs every expert on every token and weighs by zero or more: the weights move once."""
-    E, D, _, F = gate_up.shape
+    E, F, D = down.shape
     weight_TE = jnp.sum(jax.nn.one_hot(expert_Tk, E) * weight_Tk[..., None], axis=1)
-    if jax.default_backend() == "cpu":
+    if isinstance(gate_up, Wide):
+        hidden = project("td,df->tf", g_TD, gate_up.values, jnp.float32).reshape(-1, E, 2 * F)
+        hidden = (_swiglu_flat(hidden) * weight_TE[..., None]).astype(g_TD.dtype)
+    elif jax.default_backend() == "cpu":
         # Batched over experts: as one product XLA's CPU backend would transpose the weights first.
         g_ETD = jnp.broadcast_to(g_TD, (E, *g_TD.shape))
         merged = dequantize(gate_up, g_TD.dtype).reshape(E, D, 2 * F)
@@ -136,6 +145,13 @@ def tiled(g_TD, weight_Tk, expert_Tk, gate_up, down):
     return jnp.sum(out_TkD * weight_Tk[..., None], axis=1)
 
 
+def stacked(gate_up, E: int, F: int):
+    """Returns gate_up as [E, D, 2, F], however it is laid."""
+    if not isinstance(gate_up, Wide):
+        return gate_up
+    return gate_up.values.reshape(-1, E, 2, F).swapaxes(0, 1)
+
+
 def filled(g_TD, weight_Tk, expert_Tk, gate_up, down):
     """Every expert has room for a little more than its share; what overflows runs in blocks.
 
@@ -143,7 +159,7 @@ def filled(g_TD, weight_Tk, expert_Tk, gate_up, down):
     and a loop of dynamic length walks over them: few, unless the router is badly out of balance.
     """
     T, k = expert_Tk.shape
-    E, D, _, F = gate_up.shape
+    E, F, D = down.shape
     M, dtype = T * k, g_TD.dtype
     room = -(-M * _ROOM // (4 * E * 16)) * 16
     hit_ME, rank_M, sizes_E = _rank(expert_Tk.reshape(-1), E)
@@ -155,7 +171,7 @@ def filled(g_TD, weight_Tk, expert_Tk, gate_up, down):
     slot_M = rank_M + jnp.where(inside_M, expert_Tk.reshape(-1) * room, first_M)
     # Padding rows take token 0 and are read by nobody.
     source = jnp.zeros(rows + M + _BLOCK, jnp.int32).at[slot_M].set(jnp.arange(M) // k)
-    w1 = jax.tree.map(lambda w: w.reshape(E, w.shape[1], 2 * F), gate_up)
+    w1 = jax.tree.map(lambda w: w.reshape(E, w.shape[1], 2 * F), stacked(gate_up, E, F))
 
     def run(spec, x, w1, w2):
         first, second = spec
@@ -193,3 +209,5 @@ def _rows(x, index):
 
 TABLE = {"sliced": sliced, "gather": gather, "dense": dense, "grouped": grouped, "tiled": tiled,
          "filled": filled}
+# Forms that read a `Wide` gate_up as it is.
+TAKE_WIDE = ("sliced", "dense", "filled")

@@ -11,6 +11,7 @@ from mmx.config import DECAY_TRANSFORMERS, ModelConfig
 from mmx.nn.linear import RMSNorm, project
 from mmx.nn.params import Factory, xavier
 from mmx.nn.tokens import Tokens, last_token
+from mmx.nn.wide import Wide
 from pallas_kernels import lightning_attention
 
 
@@ -46,6 +47,7 @@ class LightningAttention(nnx.Module):
 
     def __init__(self, config: ModelConfig, make: Factory, gain: float):
         D, N, H = config.hidden_size, config.num_heads, config.head_dim
+        self.head_dim = H
         self.qkv = make.param(
             "qkv", (D, N, 3, H), ("embed", "heads", None, None), xavier(D, 3 * N * H)
         )
@@ -58,7 +60,14 @@ class LightningAttention(nnx.Module):
 
         The output is [B, T, D], or [B, 1, D] at each row's last token with `tokens.last_only`.
         """
-        qkv = project("btd,dnch->btnch", h_BTD, self.qkv[...], activation=jax.nn.silu)
+        weight, gate = self.qkv[...], None
+        if isinstance(weight, Wide):
+            joint = project("btd,df->btf", h_BTD, weight.values)
+            F = joint.shape[-1] // 4
+            qkv = jax.nn.silu(joint[..., :3 * F]).reshape(*joint.shape[:2], -1, 3, self.head_dim)
+            gate = joint[..., 3 * F:].reshape(*joint.shape[:2], -1, self.head_dim)
+        else:
+            qkv = project("btd,dnch->btnch", h_BTD, weight, activation=jax.nn.silu)
         q, k, v = (qkv[..., i, :] for i in range(3))
         out_BTNH, state_BNHH = lightning_attention(
             q,
@@ -71,9 +80,12 @@ class LightningAttention(nnx.Module):
             implementation=implementation,
         )
         if tokens.last_only:
-            h_BTD, out_BTNH = (last_token(x, tokens.lengths_B) for x in (h_BTD, out_BTNH))
-        gate = project("btd,dnh->btnh", h_BTD, self.gate[...], activation=jax.nn.sigmoid)
-        gated = gate * self.norm(out_BTNH)
+            h_BTD, out_BTNH, gate = (
+                None if x is None else last_token(x, tokens.lengths_B)
+                for x in (h_BTD, out_BTNH, gate))
+        if gate is None:
+            gate = project("btd,dnh->btnh", h_BTD, self.gate[...])
+        gated = jax.nn.sigmoid(gate) * self.norm(out_BTNH)
         return project("btnh,nhd->btd", gated, self.out[...]), state_BNHH
 
 

@@ -8,6 +8,7 @@ from flax import nnx
 
 from mmx.config import HEAD_DTYPE, ModelConfig
 from mmx.nn.params import Factory, xavier
+from mmx.nn.wide import Wide
 from pallas_kernels import precision
 from pallas_kernels.quantized import QuantizedTensor, dequantize
 
@@ -100,4 +101,7 @@ class Head(nnx.Module):
         self.weight = make.param("weight", (V, D), ("vocab", "embed"), xavier(D, V))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return project("...d,vd->...v", x, self.weight[...], HEAD_DTYPE)
+        weight = self.weight[...]
+        if isinstance(weight, Wide):
+            return project("...d,dv->...v", x, weight.values, HEAD_DTYPE)
+        return project("...d,vd->...v", x, weight, HEAD_DTYPE)

@@ -63,5 +63,8 @@ class MoE(nnx.Module):
         if name not in experts.TABLE:
             raise ValueError(
                 f"MoE has no implementation '{name}'. It has {', '.join(experts.TABLE)}.")
-        out_TD = experts.TABLE[name](g_TD, weight_Tk, expert_Tk, self.gate_up[...], self.down[...])
+        gate_up, down = self.gate_up[...], self.down[...]
+        if name not in experts.TAKE_WIDE:
+            gate_up = experts.stacked(gate_up, E, down.shape[-2])
+        out_TD = experts.TABLE[name](g_TD, weight_Tk, expert_Tk, gate_up, down)
         return out_TD.reshape(B, T, D).astype(g_BTD.dtype), stats
