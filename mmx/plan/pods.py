@@ -49,9 +49,9 @@ class Chip:
 # Google Cloud named beside each chip ("Bidirectional ICI bandwidth per chip" over ports over two;
 # "DCN bandwidth per chip" times the four chips of a host).
 CHIPS = {chip.name: chip for chip in (
-    # docs.cloud.google.com/tpu/docs/v4: 275 bf16 and int8, 1200 GB/s, 6 ports of 50 GB/s for two
-    # devices; DCN 50 Gbit/s as v5p.
-    Chip("v4", "tpu", 2, 15.25, 614, 137.5, 137.5, 25, 6, 25, 8, dims=3, largest=4096),
+    # docs.cloud.google.com/tpu/docs/v4: 275 bf16 and int8, 1228 GB/s, 6 ports of 50 GB/s; its two
+    # cores compiled as one ("megacore"; apart they have 15.25 each); DCN taken as v5p's.
+    Chip("v4", "tpu", 1, 30.75, 1228, 275, 275, 50, 6, 25, 4, dims=3, largest=4096),
     # .../tpu/docs/v5e: 197 and 393, 819 GB/s, 400 GB/s over 4 ports, 6.4 Tbit/s for 256 chips.
     Chip("v5e", "tpu", 1, 15.75, 819, 197, 393, 50, 4, 12.5, 4),
     # .../tpu/docs/v5p: 459, 2765 GB/s, 1200 GB/s over 6 ports, 50 Gbit/s; int8 918 of the launch

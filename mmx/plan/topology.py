@@ -22,9 +22,10 @@ def prepare_environment() -> None:
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"          # no question to a cloud's metadata server
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # two plans at once; no device is held
     os.environ["JAX_PLATFORMS"] = "cpu"             # read when jax is imported
-    # libtpu speaks of the missing machine on stderr when it is loaded.
-    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    # Otherwise libtpu complains on stderr that it finds no machine; topologies do not depend on it.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_WORKER_ID", "0")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     if "jax" in sys.modules and sys.modules["jax"].config.jax_platforms != "cpu":
         sys.modules["jax"].config.update("jax_platforms", "cpu")
         if sys.modules["jax"].default_backend() != "cpu":
@@ -69,7 +70,8 @@ def _importable(module: str) -> bool:
 
 
 def _tpu_options(pod: Pod) -> dict[str, Any]:
-    options: dict[str, Any] = {}
+    # jax lays meshes over v4 only where both cores of a chip are one device.
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if pod.chip.name == "v4" else {}
     if math.prod(pod.topology) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if pod.slices > 1:
