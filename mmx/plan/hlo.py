@@ -1,0 +1,291 @@
+"""What a compiled program sends, computes and moves, read from its own text.
+
+Bodies of loops are counted as often as they run, nested ones too; of a conditional's branches the
+heaviest counts. A loop whose count is not in the text counts once and is named by `open_loops`.
+"""
+
+import collections
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mmx.plan import hlo_bytes, hlo_text
+from mmx.plan.hlo_text import Computation, Instruction, Module
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all",
+         "collective-permute", "collective-broadcast")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One kind of exchange over the same axes with the same bytes.
+
+    `axes` are those mesh axes along which the devices of a group differ, in the mesh's order;
+    `group` is the number of devices in a group (less than the axes' product where an axis is cut).
+    `bytes` is the whole array on one device in one execution: the result of an all-gather, the
+    operand of the others (a ragged all-to-all's is its buffer: an upper bound). `count` is how
+    often it runs in one run of the program. `shift` is the farthest distance of a permute along
+    its axis, the short way round.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    bytes: float
+    count: int
+    group: int
+    shift: int = 0
+
+    @property
+    def sent(self) -> float:
+        """Bytes that one device sends in one execution by the ring algorithm."""
+        part = (self.group - 1) / self.group
+        return self.bytes * {"all-reduce": 2 * part, "collective-permute": 1.0,
+                             "collective-broadcast": 1.0}.get(self.kind, part)
+
+
+def collectives(text: str, mesh: Any) -> list[Collective]:
+    """Returns the exchanges of `text` (`compiled.as_text()`), equal ones added up.
+
+    `mesh` is the mesh that the program was compiled for: a device's number in the text is its place
+    in `mesh.devices`. Synchronous forms, `-start` forms, and a TPU's collectives that are spread
+    over several fusions each count once. A TPU's fusion of all-reduce and slice is a
+    reduce-scatter. Groups of one device send nothing and are left out. Raises ValueError for groups
+    in an unknown form.
+    """
+    module, shape = hlo_text.parse(text), dict(mesh.shape)
+
+    def own(place: Computation, line: Instruction) -> collections.Counter:
+        kind = line.op.removesuffix("-start")
+        if kind not in KINDS or _continued(place, line):
+            return collections.Counter()
+        found = _collective(kind, place, line, shape)
+        return collections.Counter({found: 1} if found else {})
+
+    total = _total(module, own, lambda counts: sum(c.sent * n for c, n in counts.items()))
+    return sorted((dataclasses.replace(found, count=int(count))
+                   for found, count in total.items()),
+                  key=lambda found: -found.sent * found.count)
+
+
+def _continued(place: Computation, line: Instruction) -> bool:
+    """A TPU repeats a collective in every fusion that overlaps it; its start alone is counted."""
+    if "chain_id=" not in line.attributes:
+        return False
+    return not any(user.target == "AsyncCollectiveStart"
+                   for user, _ in place.users.get(line.name, ()))
+
+
+def _collective(kind: str, place: Computation, line: Instruction,
+                shape: dict[str, int]) -> Collective | None:
+    total = int(np.prod(list(shape.values())))
+    if kind == "collective-permute":
+        pairs = np.array(re.findall(r"\{(\d+),(\d+)\}", line.attribute(
+            r"source_target_pairs=\{(.*?\})\}") or ""), int).reshape(-1, 2)
+        pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+        if not len(pairs):
+            return None
+        groups = pairs
+    else:
+        groups = replica_groups(line.attributes, total)
+        if groups.shape[1] < 2:
+            return None
+    places = np.stack(np.unravel_index(groups, tuple(shape.values())), -1)
+    spread = (places != places[:, :1]).any((0, 1))
+    axes = tuple(name for name, differs in zip(shape, spread, strict=True) if differs)
+    sizes = [sum(leaf.bytes for leaf in leaves) for leaves in place.operand_leaves(line)]
+    size = sizes[0] if kind == "ragged-all-to-all" else sum(sizes)
+    if kind == "collective-permute":
+        extent = np.array(list(shape.values()))
+        away = np.abs(places[:, 0] - places[:, 1])
+        hops = int(np.minimum(away, extent - away).sum(1).max())
+        return Collective(kind, axes, size, 1, int(np.prod([shape[a] for a in axes])), hops)
+    if kind == "all-gather":
+        size *= groups.shape[1]
+    if kind == "all-reduce" and _scattered(place, line):
+        kind = "reduce-scatter"
+    return Collective(kind, axes, size, 1, groups.shape[1])
+
+
+def _scattered(place: Computation, line: Instruction) -> bool:
+    return place.name.startswith("all-reduce-scatter") and all(
+        user.op == "dynamic-slice" for user, _ in place.users.get(line.name, ())
+    ) and bool(place.users.get(line.name))
+
+
+def replica_groups(attributes: str, total: int) -> np.ndarray:
+    """Returns the groups [groups, devices of one] that an instruction's attributes name.
+
+    Forms: `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)`, `mesh['a'=2,'b'=4] {'b'}` with parts of axes as
+    `'b':(1)2`, and none, which is all of `total` devices.
+    """
+    match = re.search(r"replica_groups=(.*)", attributes)
+    text = match[1] if match else "{}"
+    if text.startswith("{}"):
+        return np.arange(total)[None]
+    if text.startswith("{{"):
+        return np.array([[int(number) for number in group.split(",")] for group in
+                         re.findall(r"\{([\d,]+)\}", text[:text.index("}}") + 1])])
+    if iota := re.match(r"(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        return _iota(iota[2]).reshape(_numbers(iota[1]))
+    if named := re.match(r"mesh\[([^\]]*)\](.*?)\{([^}]*)\}", text):
+        return _named(named[1], named[2], named[3])
+    raise ValueError(f"Unknown form of replica groups: {text[:80]}")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def _iota(text: str) -> np.ndarray:
+    """Devices in the order `[4,2]T(1,0)`: counted over the sizes, then transposed; flat."""
+    sizes, _, order = text.partition("T")
+    grid = np.arange(np.prod(_numbers(sizes))).reshape(_numbers(sizes))
+    return (grid.transpose(_numbers(order)) if order else grid).reshape(-1)
+
+
+def _named(sizes: str, order: str, wanted: str) -> np.ndarray:
+    extent = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
+    # A part (before)size of an axis cuts the axis into before x size x after.
+    cuts: dict[str, set[int]] = {name: {1, size} for name, size in extent.items()}
+    parts = []
+    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", wanted):
+        begin, end = (int(before), int(before) * int(size)) if size else (1, extent[name])
+        cuts[name] |= {begin, end}
+        parts.append((name, begin, end))
+    dims, keep, first = [], [], {}
+    for name in extent:
+        edges = sorted(cuts[name])
+        for low, high in zip(edges, edges[1:], strict=False):
+            first[name, low, high] = len(dims)
+            dims.append(high // low)
+    for name, begin, end in parts:
+        keep += [dim for (owner, low, high), dim in first.items()
+                 if owner == name and begin <= low and high <= end]
+    ids = np.arange(int(np.prod(dims)))
+    if "device_ids" in order:
+        listed = re.search(r"device_ids=\(([^a-z]*)\)", order)
+        if listed is None:
+            raise ValueError(f"Unknown order of devices: {order[:80]}")
+        ids = _iota(listed[1]) if listed[1].startswith("[") else np.array(_numbers(listed[1]))
+    others = [dim for dim in range(len(dims)) if dim not in keep]
+    grid = ids.reshape(dims or [1]).transpose(others + keep) if dims else ids.reshape(1, 1)
+    return grid.reshape(-1, int(np.prod([dims[dim] for dim in keep])))
+
+
+def dots(text: str) -> float:
+    """Operations of one run on one device in matrix products: 2 per multiplication and addition.
+
+    Counts dot, convolution, calls of cuBLAS, and the estimate that a Pallas kernel carries (0
+    without one); nothing elementwise.
+    """
+    return sum(dots_by_type(text).values())
+
+
+def dots_by_type(text: str) -> dict[str, float]:
+    """`dots`, apart by the element type of the first operand ("kernel" for Pallas kernels)."""
+    module = hlo_text.parse(text)
+    return dict(_total(module, _flops, lambda counts: sum(counts.values())))
+
+
+def bytes_accessed(text: str) -> float:
+    """Bytes that one run on one device reads from and writes to its main memory.
+
+    Operands and results of every fusion and of every line outside one; of arrays that are only
+    sliced or updated in place, the slices. Arrays that the compiler put into a TPU's on-chip
+    memory do not count, padding of tiles neither: an estimate, not a measurement.
+    """
+    module = hlo_text.parse(text)
+    total = _total(module, lambda place, line: collections.Counter(
+        bytes=hlo_bytes.moved(module, place, line)), lambda counts: counts["bytes"], fused=False)
+    return float(total["bytes"])
+
+
+def open_loops(text: str) -> list[str]:
+    """Names of loops whose count the text does not tell; everything in them counted once."""
+    module = hlo_text.parse(text)
+    return [line.name for place in module.computations.values() for line in place.lines
+            if line.op == "while" and hlo_text.trip_count(module, place, line) is None]
+
+
+def _total(module: Module, own: Callable[[Computation, Instruction], collections.Counter],
+           weight: Callable[[collections.Counter], float],
+           fused: bool = True) -> collections.Counter:
+    """Adds `own` up over all that the entry runs; `fused` looks into fusions as well."""
+    known: dict[str, collections.Counter] = {}
+
+    def of(name: str) -> collections.Counter:
+        if name not in known:
+            place, total = module.computations[name], collections.Counter()
+            for line in place.lines:
+                total.update(own(place, line))
+                if not line.called or (line.op == "fusion" and not fused):
+                    continue
+                inner = max((of(called) for called in line.called), key=weight)
+                times = 1
+                if line.op == "while":
+                    count = hlo_text.trip_count(module, place, line)
+                    times = 1 if count is None else count
+                for key, value in inner.items():
+                    total[key] += value * times
+            known[name] = total
+        return known[name]
+
+    return of(module.entry)
+
+
+def _flops(place: Computation, line: Instruction) -> collections.Counter:
+    counts: collections.Counter = collections.Counter()
+    if line.op not in ("dot", "convolution", "custom-call"):
+        return counts
+    operands = place.operand_leaves(line)
+    out = float(np.prod(line.leaves[0].dims, dtype=float)) if line.leaves else 0.0
+    if line.op == "dot":
+        over = _numbers(line.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or "")
+        lhs = operands[0][0]
+        counts[lhs.dtype] += 2 * out * float(np.prod([lhs.dims[dim] for dim in over]))
+    elif line.op == "convolution":
+        counts[operands[0][0].dtype] += _convolution(line, operands[0][0].dims,
+                                                     operands[1][0].dims)
+    elif line.target.startswith(("__cublas$", "__cublas_lt")):
+        over = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', line.attributes)
+        lhs = operands[0][0]
+        counts[lhs.dtype] += 2 * out * float(np.prod(
+            [lhs.dims[dim] for dim in _numbers(over[1])] if over else 1))
+    elif estimate := cost_estimate(line):
+        counts["kernel"] += float(estimate.get("flops", 0))
+    return counts
+
+
+def cost_estimate(line: Instruction) -> dict[str, Any]:
+    """What the author of a Pallas kernel says that it costs."""
+    found = line.attribute(r'"cost_estimate":(\{[^{}]*\})')
+    return json.loads(found) if found else {}
+
+
+def _convolution(line: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> float:
+    """Operations of a convolution; positions that fall on padding or dilation do nothing.
+
+    TPUs write matrix products so, batched ones with the batch as a dilated window.
+    """
+    left, right, out = re.match(r"(\w+)_(\w+)->(\w+)",
+                                line.attribute(r"dim_labels=([\w>\-]+)")).groups()
+    window = {key: value.split("x") for key, value in re.findall(
+        r"(\w+)=([\d_x\-]+)", line.attribute(r"window=\{([^}]*)\}") or "")}
+    result = 2.0 * line.leaves[0].dims[out.index("b")] * line.leaves[0].dims[out.index("f")]
+    result *= rhs[right.index("i")]
+    for dim in range(sum(label.isdigit() for label in out)):
+        def setting(name: str, default: str, dim: int = dim) -> str:
+            return window.get(name, [])[dim] if dim < len(window.get(name, [])) else default
+
+        low = int(setting("pad", "0_0").split("_")[0])
+        stride, dilate = int(setting("stride", "1")), int(setting("lhs_dilate", "1"))
+        spread = int(setting("rhs_dilate", "1"))
+        size, kernel = lhs[left.index(str(dim))], rhs[right.index(str(dim))]
+        outputs = line.leaves[0].dims[out.index(str(dim))]
+        at = np.arange(outputs)[:, None] * stride - low + np.arange(kernel)[None] * spread
+        result *= int(((at >= 0) & (at <= (size - 1) * dilate) & (at % dilate == 0)).sum())
+    return result / int(line.attribute(r"batch_group_count=(\d+)") or 1)
