@@ -9,6 +9,7 @@ import difflib
 import itertools
 import math
 import re
+from collections.abc import Sequence
 
 from mmx.errors import UserError
 
@@ -212,6 +213,18 @@ def _check_hosts(text: str, chip: Chip, topology: tuple[int, ...]) -> tuple[int,
         raise UserError(f"'{text}' has {hosts * gpus} GPUs.", f"The limit is {chip.largest}.",
                         f"For example '{chip.name}:2x8'.")
     return topology
+
+
+def wraps(chip: Chip, topology: Sequence[int]) -> tuple[bool, ...]:
+    """Returns for each side of a TPU slice whether its ends are joined.
+
+    Sides of 16 of v5e and v6e are; all sides of whole cubes of 4x4x4 of the others.
+    """
+    if chip.platform != "tpu":
+        return (False,) * len(topology)
+    if chip.dims == 2:
+        return tuple(size == 16 for size in topology)
+    return (all(size % 4 == 0 for size in topology),) * len(topology)
 
 
 def known() -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmx.errors import UserError
-from mmx.plan.pods import Pod
+from mmx.plan.pods import Pod, wraps
 from mmx.sharding.rules import AXES
 
 
@@ -76,21 +76,10 @@ def _tpu_options(pod: Pod) -> dict[str, Any]:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if pod.slices > 1:
         options["num_slices"] = pod.slices
-    if any(wraps(pod)):
-        options["wrap"] = (*wraps(pod), False)[:3]
+    joined = wraps(pod.chip, pod.topology)
+    if any(joined):
+        options["wrap"] = (*joined, False)[:3]
     return options
-
-
-def wraps(pod: Pod) -> tuple[bool, ...]:
-    """Returns for each side of a TPU slice whether its ends are joined.
-
-    Sides of 16 of v5e and v6e are; all sides of whole cubes of 4x4x4 of the others.
-    """
-    if pod.chip.platform != "tpu":
-        return (False,) * len(pod.topology)
-    if pod.chip.dims == 2:
-        return tuple(size == 16 for size in pod.topology)
-    return (all(size % 4 == 0 for size in pod.topology),) * 3
 
 
 def make_mesh(pod: Pod, axes: dict[str, int]) -> Any:
