@@ -11,7 +11,6 @@ import numpy as np
 
 from mmx.errors import UserError
 from mmx.plan.pods import Pod, wraps
-from mmx.sharding.rules import AXES
 
 
 def prepare_environment() -> None:
@@ -116,6 +115,8 @@ def _shape_in_slice(pod: Pod, shape: list[int], parts: int) -> list[int]:
 
 def check_axes(pod: Pod, axes: dict[str, int]) -> dict[str, int]:
     """Returns `axes` in AXES' order; raises UserError where they do not lie over the pod."""
+    from mmx.sharding.rules import AXES  # imports jax, which is not to start too early
+
     for name, size in axes.items():
         if name not in AXES or size < 1:
             raise UserError(f"The mesh axis '{name}={size}' is unknown.",
