@@ -112,7 +112,8 @@ def test_memory_is_the_compilers_limit():
 
 @pytest.mark.parametrize("chip, topology, joined", [
     ("v6e", (4, 16), (False, True)), ("v5e", (8, 8), (False, False)),
-    ("v5p", (2, 4, 4), (False,) * 3), ("v5p", (4, 4, 8), (True,) * 3), ("h200", (1, 8), (False,) * 2),
+    ("v5p", (2, 4, 4), (False,) * 3), ("v5p", (4, 4, 8), (True,) * 3),
+    ("h200", (1, 8), (False,) * 2),
 ])
 def test_ends_of_a_torus(chip, topology, joined):
     assert wraps(CHIPS[chip], topology) == joined
