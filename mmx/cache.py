@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx.config import LIGHTNING, STATE_DTYPE, ModelConfig
+from mmx.parallel.ops import Ops
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """Memory of B sequences.
+
+    Over a mesh the slots of keys and values may lie round-robin (`MeshOps.cached_attention`).
 
     Attributes:
       stacks: per stack, per position in its pattern: {"state": [R, B, N, H, H] float32} for a
@@ -38,9 +41,13 @@ class Cache:
         return None
 
 
-def cache_shapes(config: ModelConfig, batch: int, capacity: int, dtype) -> Cache:
-    """Returns a Cache of ShapeDtypeStructs; `dtype` is of keys and values."""
-    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+def cache_shapes(config: ModelConfig, batch: int, capacity: int, dtype,
+                 kv_heads: int | None = None) -> Cache:
+    """Returns a Cache of ShapeDtypeStructs; `dtype` is of keys and values.
+
+    `kv_heads` are those that a mesh holds copies of (`MeshOps.cache_kv_heads`).
+    """
+    N, K, H = config.num_heads, kv_heads or config.num_kv_heads, config.head_dim
 
     def memory(kind, repeats):
         if kind == LIGHTNING:
@@ -54,15 +61,17 @@ def cache_shapes(config: ModelConfig, batch: int, capacity: int, dtype) -> Cache
     return Cache(stacks, jax.ShapeDtypeStruct((batch,), jnp.int32))
 
 
-def init_cache(config: ModelConfig, batch: int, capacity: int, dtype="bfloat16") -> Cache:
+def init_cache(config: ModelConfig, batch: int, capacity: int, dtype="bfloat16",
+               kv_heads: int | None = None) -> Cache:
     """Returns an empty cache for `batch` rows of up to `capacity` tokens."""
-    shapes = cache_shapes(config, batch, capacity, dtype)
+    shapes = cache_shapes(config, batch, capacity, dtype, kv_heads)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
-def cache_bytes(config: ModelConfig, batch: int, capacity: int, dtype="bfloat16") -> int:
+def cache_bytes(config: ModelConfig, batch: int, capacity: int, dtype="bfloat16",
+                kv_heads: int | None = None) -> int:
     """Returns the bytes of `init_cache` with the same arguments, allocating nothing."""
-    shapes = cache_shapes(config, batch, capacity, dtype)
+    shapes = cache_shapes(config, batch, capacity, dtype, kv_heads)
     return sum(
         int(np.prod(x.shape, dtype=np.int64)) * jnp.dtype(x.dtype).itemsize
         for x in jax.tree.leaves(shapes)
@@ -94,3 +103,18 @@ def grow(cache: Cache, capacity: int) -> Cache:
         }
 
     return Cache(tuple(tuple(pad(m) for m in stack) for stack in cache.stacks), cache.lengths_B)
+
+
+def lay(cache: Cache, ops: Ops) -> Cache:
+    """Constrains every leaf to where `ops` has it."""
+    return jax.tree.map(lambda leaf, axes: ops.constrain(leaf, *axes), cache, cache_axes(cache))
+
+
+def cache_axes(cache: Cache) -> Cache:
+    """Returns the logical axes of every leaf, as tuples of names."""
+    def axes(memory):
+        if "state" in memory:
+            return {"state": (None, "batch", "heads", None, None)}
+        return {name: (None, "batch", "kv_heads", "cache_time", None) for name in memory}
+
+    return Cache(tuple(tuple(axes(m) for m in stack) for stack in cache.stacks), ("batch",))

@@ -192,9 +192,9 @@ def _check_room(name, config: ModelConfig, dtype: str, quantize: str | None) -> 
 
 
 def _shardings(config: ModelConfig, mesh) -> dict[str, jax.sharding.Sharding]:
-    from mmx.sharding.rules import param_shardings
+    from mmx.sharding.rules import DECODE, param_shardings
 
-    return param_shardings(model.param_specs(config), mesh)
+    return param_shardings(model.param_specs(config), mesh, DECODE)
 
 
 def _sampling(settings: Mapping[str, Any]) -> SamplingParams:

@@ -23,8 +23,7 @@ from mmx.nn.lightning import decay_slopes, zero_state
 from mmx.nn.linear import Embedding, Head, RMSNorm
 from mmx.nn.params import Factory, Params, ParamSpec, draw, initial_kind, initial_value
 from mmx.nn.tokens import Tokens, last_token
-
-NO_CHOICE: Mapping[str, str] = {}
+from mmx.parallel.ops import NO_CHOICE, Ops
 
 
 class Aux(NamedTuple):
@@ -144,6 +143,7 @@ def forward(
     remat: bool = False,
     hidden: bool = False,
     implementations: Mapping[str, str] = NO_CHOICE,
+    ops: Ops | None = None,
 ) -> tuple[jax.Array, Aux]:
     """Scores tokens from an empty memory.
 
@@ -155,6 +155,7 @@ def forward(
       remat: recompute blocks in the backward pass instead of storing their activations.
       hidden: return the normed hidden states [B, T, D] instead of logits, for a chunked loss.
       implementations: names for "lightning", "softmax", "moe"; automatic where absent.
+      ops: where the arrays lie (`mmx.parallel.MeshOps`), with its own names; one device if None.
 
     Returns:
       float32 logits [B, T, V] (or hidden states), and Aux.
@@ -169,7 +170,8 @@ def forward(
         position_BT = position_BT - first_BT
     valid_BT = None if lengths_B is None else time_T < lengths_B[:, None]
     tokens = Tokens(position_BT, starts_BT, samples_BT, lengths_B, valid_BT, None)
-    x, _, aux = _run(config, params, ids_BT, tokens, None, dtype, remat, implementations)
+    ops = ops or Ops(implementations)
+    x, _, aux = _run(config, params, ids_BT, tokens, None, dtype, remat, ops)
     return (x if hidden else logits_of(config, params, x)), aux
 
 
@@ -183,6 +185,7 @@ def step(
     logits: str = "last",
     dtype=None,
     implementations: Mapping[str, str] = NO_CHOICE,
+    ops: Ops | None = None,
 ) -> tuple[jax.Array | None, Cache]:
     """Consumes tokens into a cache: a prefill chunk of any size, or a decode step with T = 1.
 
@@ -211,7 +214,8 @@ def step(
         offsets_B=offsets_B,
         last_only=T > 1 and logits == "last",
     )
-    x, stacks, _ = _run(config, params, ids_BT, tokens, cache.stacks, dtype, False, implementations)
+    ops = ops or Ops(implementations)
+    x, stacks, _ = _run(config, params, ids_BT, tokens, cache.stacks, dtype, False, ops)
     cache = Cache(stacks, offsets_B + lengths_B)
     if logits == "none":
         return None, cache
@@ -230,10 +234,11 @@ def _lookup(params: Params, prefix: str) -> Factory:
     return Factory(lambda spec: params[spec.path], "float32", f"{prefix}/" if prefix else "")
 
 
-def _run(config, params, ids_BT, tokens, memories, dtype, remat, implementations):
+def _run(config, params, ids_BT, tokens, memories, dtype, remat, ops: Ops):
     """Embedding, all stacks, final norm. Returns (x, new memories, Aux)."""
     dtype = jnp.dtype(dtype or params["norm/weight"].dtype)
     x = Embedding(config, _lookup(params, "embed"))(ids_BT, dtype)
+    x = ops.constrain(x, "batch", "time", None)
     slopes_LN = decay_slopes(config)
     new_memories, stats = [], []
     for g, stack in enumerate(config.stacks):
@@ -256,7 +261,7 @@ def _run(config, params, ids_BT, tokens, memories, dtype, remat, implementations
             None if memories is None else memories[g],
             tokens._replace(last_only=narrow),
             remat,
-            implementations,
+            ops,
         )
         new_memories.append(memory)
         stats.append(stack_stats)
@@ -267,14 +272,14 @@ def _run(config, params, ids_BT, tokens, memories, dtype, remat, implementations
     return x, None if memories is None else tuple(new_memories), aux
 
 
-def _run_stack(config, stack: Stack, params, slopes_RPN, x, memory, tokens, remat, implementations):
+def _run_stack(config, stack: Stack, params, slopes_RPN, x, memory, tokens, remat, ops: Ops):
     """Runs one stack; memory (if any) is carried whole and updated in place at each repeat."""
 
     def block(p, kind, leaves, slopes_N, x, layer_memory):
         layer = Block(config, kind, _lookup(leaves, str(p)))
         narrow = tokens.last_only and p == len(stack.pattern) - 1
         given = tokens._replace(last_only=narrow)
-        return layer(x, slopes_N, layer_memory, given, implementations)
+        return layer(x, slopes_N, layer_memory, given, ops)
 
     if remat:
         block = jax.checkpoint(block, static_argnums=(0, 1))

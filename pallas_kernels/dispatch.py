@@ -1,11 +1,31 @@
 """Choice of implementation: automatic choices are logged once per shape, named ones are kept."""
 
+import contextlib
+import contextvars
 import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
 log = logging.getLogger("pallas_kernels")
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+
+
+def platform() -> str:
+    """Returns "cpu", "tpu" or "gpu": what programs traced now will run on."""
+    return _target.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def compiling_for(name: str):
+    """Traces programs for another platform than this process runs on (ahead-of-time use)."""
+    token = _target.set(name)
+    try:
+        yield
+    finally:
+        _target.reset(token)
 
 
 def choose(op: str, table: Mapping[str, Callable], name: str | None, default: str, shape: Any):

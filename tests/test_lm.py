@@ -135,7 +135,7 @@ def test_a_mesh_gives_the_same_answers(tmp_path):
         assert ids(spread) == alone, (alone,)
         wide = jax.make_mesh((4,), ("tensor",), axis_types=(AxisType.Auto,))
         assert param_shardings(specs, wide)["stack/0/1/attn/k"].is_fully_replicated
-        for axes, word in ((("data",), "data"), (("expert",), "")):
+        for axes, word in ((("model",), "model"), (("expert",), "")):
             try:
                 bad = jax.make_mesh((4,), axes, axis_types=(AxisType.Auto,))
                 param_shardings(param_specs(config.replace(num_experts=3)), bad)

@@ -72,10 +72,10 @@ class Engine:
         if eos_ids is None:
             eos_ids = (*config.eos_token_ids, *getattr(tokenizer, "eos_ids", ()))
         self.eos_ids = frozenset(eos_ids)
-        sharding = _common_sharding(params)
-        wide = jax.default_backend() == "cpu" and sharding is None
+        mesh = _common_mesh(params)
+        wide = jax.default_backend() == "cpu" and mesh is None
         self._steps = Steps(
-            config, widen(params) if wide else params, slots, self.kv_dtype, sharding)
+            config, widen(params) if wide else params, slots, self.kv_dtype, mesh)
         forbidden_V = find_forbidden(params)
         forbidden_V[list(forbidden_ids)] = True
         if forbidden_V.all():
@@ -83,7 +83,7 @@ class Engine:
                             "An id whose row of head/weight is all zero is never sampled.",
                             "Check that the checkpoint holds its lm_head.")
         self.forbidden_ids = frozenset(np.flatnonzero(forbidden_V).tolist())
-        self._put = lambda tree: jax.device_put(tree, sharding)
+        self._put = lambda tree: jax.device_put(tree, self._steps.sharding)
         self._forbidden_V = self._put(forbidden_V)
         self._one_1 = self._put(np.ones(1, np.int32))
         self.capacity = 0
@@ -335,7 +335,7 @@ class Engine:
         if capacity <= self.capacity:
             return
         rows = self.slots + (self.slots > 1)
-        need = cache_bytes(self.config, rows, capacity, self.kv_dtype)
+        need = cache_bytes(self.config, rows, capacity, self.kv_dtype, self._steps.kv_heads)
         have = memory.available_bytes()
         if need > have:
             raise UserError(
@@ -379,10 +379,10 @@ def _logprob(numbers, row: int, token: int, output: Output) -> TokenLogprob | No
                         tuple((int(id_), float(value)) for id_, value in top))
 
 
-def _common_sharding(params):
-    """Replication over the parameters' mesh, or None when they lie on one device."""
+def _common_mesh(params):
+    """The parameters' mesh, or None when they lie on one device."""
     for leaf in jax.tree.leaves(params):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, jax.sharding.NamedSharding) and sharding.mesh.size > 1:
-            return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+            return sharding.mesh
     return None

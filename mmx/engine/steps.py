@@ -12,12 +12,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mmx import cache as caches
 from mmx import model
 from mmx.cache import Cache
 from mmx.config import ModelConfig
 from mmx.engine import sampling
+from mmx.parallel.ops import Ops
+from mmx.sharding.rules import DECODE, PREFILL
 
 Key = tuple  # (program, batch or chunk, capacity)
 
@@ -43,39 +46,67 @@ def find_forbidden(params) -> np.ndarray:
 
 
 class Steps:
-    """Programs of one engine. `count` is how many were traced (each is compiled once)."""
+    """Programs of one engine. `count` is how many were traced (each is compiled once).
 
-    def __init__(self, config: ModelConfig, params, slots: int, kv_dtype: str, sharding=None):
+    With a `mesh`, decoding and prefill lie over it by their regimes' tables, whose caches lie the
+    same way; whatever else the programs return, every device has whole.
+    """
+
+    def __init__(self, config: ModelConfig, params, slots: int, kv_dtype: str, mesh=None):
         self.config, self.params, self.slots, self.kv_dtype = config, params, slots, kv_dtype
-        self.sharding = sharding  # of everything but the parameters; None on a single device
+        self.mesh = mesh
+        self._many = self._some = Ops()
+        if mesh is not None:
+            from mmx.parallel.mesh_ops import MeshOps
+
+            self._many, self._some = MeshOps(mesh, PREFILL), MeshOps(mesh, DECODE)
+        self.kv_heads = self._some.cache_kv_heads(config.num_kv_heads)
+        everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        self.sharding = everywhere  # of everything but parameters and caches
         self.count = 0
         self._lock = threading.Lock()
         self._compiling: dict[Key, Future] = {}
         self._used: set[Key] = set()
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="compile")
 
-        def program(function, donate=(), static=()):
+        def program(function, donate=(), static=(), caches_too=False):
             def counted(*args):
                 with self._lock:
                     self.count += 1
                 return function(*args)
-            kwargs = {} if sharding is None else {"out_shardings": sharding}
+            # Programs that return caches constrain their results themselves.
+            kwargs = {} if mesh is None or caches_too else {"out_shardings": everywhere}
             return jax.jit(counted, donate_argnums=donate, static_argnums=static, **kwargs)
 
+        some, many = self._some, self._many
+
+        def prefill(params, cache, ids_1T, length_1):
+            logits_1V, cache = model.step(config, params, cache, ids_1T, length_1, ops=many)
+            return many.whole(logits_1V), caches.lay(cache, some)
+
         def decode(params, cache, ids_B, active_B):
-            return model.step(config, params, cache, ids_B[:, None], active_B)
+            logits_BV, cache = model.step(
+                config, params, cache, ids_B[:, None], active_B, ops=some)
+            return some.whole(logits_BV), caches.lay(cache, some)
 
         def admit(cache, ids_B, one, id_1, slot):
             ids_B = jax.lax.dynamic_update_slice_in_dim(ids_B, id_1, slot, axis=0)
-            return caches.write_slot(cache, slot, one), ids_B
+            return caches.lay(caches.write_slot(cache, slot, one), some), some.whole(ids_B)
 
-        self._prefill = program(partial(model.step, config), donate=(1,))
-        self._decode = program(decode, donate=(1,))
-        self._admit = program(admit, donate=(0,))
+        def init(batch, capacity):
+            cache = caches.init_cache(config, batch, capacity, kv_dtype, self.kv_heads)
+            return caches.lay(cache, some)
+
+        self._prefill = program(prefill, donate=(1,), caches_too=True)
+        self._decode = program(decode, donate=(1,), caches_too=True)
+        self._admit = program(admit, donate=(0,), caches_too=True)
         self._insert = program(sampling.insert_row, donate=(0,))
-        self._init = program(partial(_init, config, kv_dtype), static=(0, 1))
-        self._reset = program(_reset, donate=(0,))
-        self._grow = program(caches.grow, static=(1,))
+        self._init = program(init, static=(0, 1), caches_too=True)
+        self._reset = program(
+            lambda cache: caches.lay(_reset(cache), some), donate=(0,), caches_too=True)
+        self._grow = program(
+            lambda cache, capacity: caches.lay(caches.grow(cache, capacity), some), static=(1,),
+            caches_too=True)
         self._greedy = program(sampling.greedy)
         self._sample = program(sampling.sample, donate=(2,))
 
@@ -135,7 +166,15 @@ class Steps:
         vocab = self.config.vocab_size
 
         def cache(batch):
-            return spec(caches.cache_shapes(self.config, batch, capacity, self.kv_dtype))
+            shapes = caches.cache_shapes(
+                self.config, batch, capacity, self.kv_dtype, self.kv_heads)
+            if self.mesh is None:
+                return spec(shapes)
+            return jax.tree.map(
+                lambda leaf, axes: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=self._some.sharding(leaf.shape, *axes)),
+                shapes, caches.cache_axes(shapes),
+                is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct))
 
         def vector(n, dtype=jnp.int32):
             return self._abstract(jax.ShapeDtypeStruct((n,), dtype))
@@ -160,10 +199,6 @@ class Steps:
 
     def _abstract(self, leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharding)
-
-
-def _init(config, kv_dtype, batch, capacity):
-    return caches.init_cache(config, batch, capacity, kv_dtype)
 
 
 def _reset(cache: Cache) -> Cache:

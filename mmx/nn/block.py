@@ -9,6 +9,7 @@ from mmx.nn.moe import MoE
 from mmx.nn.params import Factory
 from mmx.nn.softmax import SoftmaxAttention
 from mmx.nn.tokens import Tokens, last_token
+from mmx.parallel.ops import Ops
 
 
 class Block(nnx.Module):
@@ -33,23 +34,23 @@ class Block(nnx.Module):
         )
         self.mlp_factors = (config.mlp_alpha, config.mlp_beta)
 
-    def __call__(self, x_BTD, slopes_N, memory, tokens: Tokens, implementations):
+    def __call__(self, x_BTD, slopes_N, memory, tokens: Tokens, ops: Ops):
         """Returns (x, new memory, RouterStats); memory is a lightning state, (k, v), or None."""
-        h = self.attn_norm(x_BTD)
-        name = implementations.get(self.kind)
+        h = ops.constrain(self.attn_norm(x_BTD), "batch", "time", None)
         if self.kind == LIGHTNING:
-            out, memory = self.attn(h, slopes_N, memory, tokens, name)
+            out, memory = self.attn(h, slopes_N, memory, tokens, ops)
         else:
             cache = None if memory is None else (*memory, tokens.offsets_B)
-            out, memory = self.attn(h, cache, tokens, name)
+            out, memory = self.attn(h, cache, tokens, ops)
         valid_BT = tokens.valid_BT
         if tokens.last_only:
             h, x_BTD = (last_token(x, tokens.lengths_B) for x in (h, x_BTD))
             valid_BT = valid_BT[:, :1]
         alpha, beta = self.attn_factors
         x_BTD = alpha * (h if self.postnorm else x_BTD) + beta * out
+        x_BTD = ops.constrain(x_BTD, "batch", "time", None)
         g = self.mlp_norm(x_BTD)
         inference = tokens.offsets_B is not None
-        out, stats = self.moe(g, valid_BT, implementations.get("moe"), inference)
+        out, stats = self.moe(g, valid_BT, ops, inference)
         alpha, beta = self.mlp_factors
         return alpha * (g if self.postnorm else x_BTD) + beta * out, memory, stats

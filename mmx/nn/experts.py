@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mmx.nn.linear import project
 from mmx.nn.wide import Wide
-from pallas_kernels import grouped_matmul
+from pallas_kernels import dispatch, grouped_matmul
 from pallas_kernels.quantized import QuantizedTensor, dequantize
 
 # `filled`: room per expert in quarters of its equal share, and rows of a block beyond it.
@@ -19,15 +19,34 @@ _BLOCK = 128
 
 def choose(tokens: int, k: int, num_experts: int, width: int, inference: bool) -> str:
     """Few tokens read only the experts they hit; a few more stream all; many are grouped."""
-    cpu = jax.default_backend() == "cpu"
+    cpu = dispatch.platform() == "cpu"
     if tokens * k <= num_experts // 2:
         return "sliced" if cpu else "gather"
     if cpu:
         if tokens <= 64:
             return "dense"
         return "filled" if inference else "tiled"
+    # A TPU waits for the weights, not for the products, until tokens outnumber its flops per byte.
+    few = 128 if dispatch.platform() == "tpu" else 16
     # Sorting costs more than idle products when all experts together are one thin matrix.
-    return "dense" if tokens <= 16 or num_experts * width <= 2048 else "grouped"
+    return "dense" if tokens <= few or num_experts * width <= 2048 else "grouped"
+
+
+def apply(name, inference: bool, g_TD, weight_Tk, expert_Tk, gate_up, down):
+    """Runs the form `name`, or the best one here; ids beyond the last expert are nobody's.
+
+    Raises ValueError for a name that is not in `TABLE`.
+    """
+    E, F = down.shape[:2]
+    T, k = expert_Tk.shape
+    name = name or choose(T, k, E, F, inference)
+    if name not in TABLE:
+        raise ValueError(f"MoE has no implementation '{name}'. It has {', '.join(TABLE)}.")
+    if name != "grouped":  # whose weights are 0: any expert will do
+        expert_Tk = jnp.minimum(expert_Tk, E - 1)
+    if name not in TAKE_WIDE:
+        gate_up = stacked(gate_up, E, F)
+    return TABLE[name](g_TD, weight_Tk, expert_Tk, gate_up, down)
 
 
 def _swiglu(gate_up):
@@ -84,7 +103,7 @@ def dense(g_TD, weight_Tk, expert_Tk, gate_up, down):
     if isinstance(gate_up, Wide):
         hidden = project("td,df->tf", g_TD, gate_up.values, jnp.float32).reshape(-1, E, 2 * F)
         hidden = (_swiglu_flat(hidden) * weight_TE[..., None]).astype(g_TD.dtype)
-    elif jax.default_backend() == "cpu":
+    elif dispatch.platform() == "cpu":
         # Batched over experts: as one product XLA's CPU backend would transpose the weights first.
         g_ETD = jnp.broadcast_to(g_TD, (E, *g_TD.shape))
         merged = dequantize(gate_up, g_TD.dtype).reshape(E, D, 2 * F)
@@ -112,7 +131,8 @@ def grouped(g_TD, weight_Tk, expert_Tk, gate_up, down):
     out = grouped_matmul(hidden.astype(g_TD.dtype), down, sizes_E)
     back = jnp.argsort(order)
     out_TkD = jnp.take(out, back, axis=0).reshape(T, k, D).astype(jnp.float32)
-    return jnp.sum(out_TkD * weight_Tk[..., None], axis=1)
+    # Rows of no group may hold anything.
+    return jnp.sum(jnp.where(expert_Tk[..., None] < E, out_TkD * weight_Tk[..., None], 0), axis=1)
 
 
 def _rank(expert_M, E: int):

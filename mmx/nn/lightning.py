@@ -12,7 +12,7 @@ from mmx.nn.linear import RMSNorm, project
 from mmx.nn.params import Factory, xavier
 from mmx.nn.tokens import Tokens, last_token
 from mmx.nn.wide import Wide
-from pallas_kernels import lightning_attention
+from mmx.parallel.ops import Ops
 
 
 def head_slopes(num_heads: int) -> np.ndarray:
@@ -55,12 +55,13 @@ class LightningAttention(nnx.Module):
         self.norm = RMSNorm((N, H), ("heads", None), config.lightning_norm_eps, make.at("norm"))
         self.out = make.param("out", (N, H, D), ("heads", None, "embed"), xavier(N * H, D, gain))
 
-    def __call__(self, h_BTD, slopes_N, state_BNHH, tokens: Tokens, implementation=None):
+    def __call__(self, h_BTD, slopes_N, state_BNHH, tokens: Tokens, ops: Ops):
         """Returns the layer's output and its float32 state after the last token.
 
         The output is [B, T, D], or [B, 1, D] at each row's last token with `tokens.last_only`.
         """
-        weight, gate = self.qkv[...], None
+        h_BTD = ops.constrain(h_BTD, "rows", "time", "hidden")
+        weight, gate = ops.use(self.qkv[...], "embed", "heads", None, None), None
         if isinstance(weight, Wide):
             joint = project("btd,df->btf", h_BTD, weight.values)
             F = joint.shape[-1] // 4
@@ -69,24 +70,20 @@ class LightningAttention(nnx.Module):
         else:
             qkv = project("btd,dnch->btnch", h_BTD, weight, activation=jax.nn.silu)
         q, k, v = (qkv[..., i, :] for i in range(3))
-        out_BTNH, state_BNHH = lightning_attention(
-            q,
-            k,
-            v,
-            slopes_N,
-            state_BNHH,
-            starts_BT=tokens.starts_BT,
-            lengths_B=tokens.lengths_B,
-            implementation=implementation,
-        )
+        out_BTNH, state_BNHH = ops.lightning(
+            q, k, v, slopes_N, state_BNHH, tokens.starts_BT, tokens.lengths_B)
         if tokens.last_only:
             h_BTD, out_BTNH, gate = (
                 None if x is None else last_token(x, tokens.lengths_B)
                 for x in (h_BTD, out_BTNH, gate))
         if gate is None:
-            gate = project("btd,dnh->btnh", h_BTD, self.gate[...])
+            gate = project(
+                "btd,dnh->btnh", h_BTD, ops.use(self.gate[...], "embed", "heads", None))
         gated = jax.nn.sigmoid(gate) * self.norm(out_BTNH)
-        return project("btnh,nhd->btd", gated, self.out[...]), state_BNHH
+        gated = ops.constrain(gated, "rows", "time", "heads", None)
+        out_BTD = project(
+            "btnh,nhd->btd", gated, ops.use(self.out[...], "heads", None, "embed"))
+        return ops.constrain(out_BTD, "rows", "time", "hidden"), state_BNHH
 
 
 def zero_state(config: ModelConfig, batch: int) -> jax.Array:

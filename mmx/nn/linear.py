@@ -9,7 +9,7 @@ from flax import nnx
 from mmx.config import HEAD_DTYPE, ModelConfig
 from mmx.nn.params import Factory, xavier
 from mmx.nn.wide import Wide
-from pallas_kernels import precision
+from pallas_kernels import dispatch, precision
 from pallas_kernels.quantized import QuantizedTensor, dequantize
 
 
@@ -27,7 +27,7 @@ def project(spec: str, x: jax.Array, weight, out_dtype=None, activation=None) ->
     if isinstance(weight, QuantizedTensor):
         scale = weight.scale.reshape([weight.scale.shape[i] for i in kept])
     shape = None
-    if jax.default_backend() == "cpu" and _is_matrix_product(left, right, output):
+    if dispatch.platform() == "cpu" and _is_matrix_product(left, right, output):
         # XLA's CPU backend multiplies two matrices as they lie; with more axes it may transpose
         # the weight first, and it leaves elementwise loops over the small inner axes.
         inner, outer = len(right) - len(kept), x.shape[: len(output) - len(kept)]

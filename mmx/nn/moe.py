@@ -1,5 +1,6 @@
 """Mixture of experts: float32 router, top-k, SwiGLU experts, no token dropped."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from mmx.config import ROUTER_DTYPE, ModelConfig
 from mmx.nn import experts
 from mmx.nn.linear import project
 from mmx.nn.params import Factory, xavier
+from mmx.parallel.ops import Ops
 
 
 class RouterStats(NamedTuple):
@@ -25,7 +27,10 @@ class RouterStats(NamedTuple):
 
 
 def route(logits_TE: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns weights [T, k] (summing to 1), experts [T, k] and probabilities [T, E], float32."""
+    """Returns weights [..., k] (summing to 1), experts [..., k], probabilities [..., E], float32.
+
+    The logits are [..., E].
+    """
     probability_TE = jax.nn.softmax(logits_TE.astype(jnp.float32), axis=-1)
     top_Tk, expert_Tk = jax.lax.top_k(probability_TE, k)
     return top_Tk / jnp.sum(top_Tk, axis=-1, keepdims=True), expert_Tk, probability_TE
@@ -43,28 +48,22 @@ class MoE(nnx.Module):
         self.down = make.param("down", (E, F, D), ("expert", "mlp", "embed"), xavier(F, D, gain))
         self.k = config.experts_per_token
 
-    def __call__(self, g_BTD, valid_BT, implementation: str | None = None, inference=False):
+    def __call__(self, g_BTD, valid_BT, ops: Ops, inference=False):
         """Returns the weighted expert sum [B, T, D] and RouterStats over valid tokens.
 
-        `implementation` names a form in `mmx.nn.experts`; `inference` allows the automatic choice
-        of one that cannot be differentiated.
+        `inference` allows the automatic choice of a form that cannot be differentiated.
         """
-        B, T, D = g_BTD.shape
-        g_TD = g_BTD.reshape(B * T, D)
         router = self.router[...].astype(ROUTER_DTYPE)
-        logits_TE = project("td,de->te", g_TD.astype(ROUTER_DTYPE), router)
-        weight_Tk, expert_Tk, probability_TE = route(logits_TE, self.k)
-        E = logits_TE.shape[-1]
-        valid_T = jnp.ones(B * T) if valid_BT is None else valid_BT.reshape(-1).astype(jnp.float32)
-        hits_TE = jnp.sum(jax.nn.one_hot(expert_Tk, E, dtype=jnp.float32), axis=1)
-        stats = RouterStats(valid_T @ hits_TE, valid_T @ probability_TE, jnp.sum(valid_T))
-        name = implementation or experts.choose(
-            B * T, self.k, E, self.down.shape[-2], inference)
-        if name not in experts.TABLE:
-            raise ValueError(
-                f"MoE has no implementation '{name}'. It has {', '.join(experts.TABLE)}.")
-        gate_up, down = self.gate_up[...], self.down[...]
-        if name not in experts.TAKE_WIDE:
-            gate_up = experts.stacked(gate_up, E, down.shape[-2])
-        out_TD = experts.TABLE[name](g_TD, weight_Tk, expert_Tk, gate_up, down)
-        return out_TD.reshape(B, T, D).astype(g_BTD.dtype), stats
+        logits_BTE = project("btd,de->bte", g_BTD.astype(ROUTER_DTYPE), router)
+        weight_BTk, expert_BTk, probability_BTE = route(logits_BTE, self.k)
+        E = logits_BTE.shape[-1]
+        valid_BT = jnp.ones(g_BTD.shape[:2]) if valid_BT is None else valid_BT.astype(jnp.float32)
+        hits_BTE = jnp.sum(jax.nn.one_hot(expert_BTk, E, dtype=jnp.float32), axis=2)
+        stats = RouterStats(
+            jnp.einsum("bt,bte->e", valid_BT, hits_BTE, precision="highest"),
+            jnp.einsum("bt,bte->e", valid_BT, probability_BTE, precision="highest"),
+            jnp.sum(valid_BT))
+        run = partial(experts.apply, ops.names.get("moe"), inference)
+        out_BTD = ops.experts(
+            run, g_BTD, weight_BTk, expert_BTk, self.gate_up[...], self.down[...])
+        return out_BTD.astype(g_BTD.dtype), stats

@@ -1,7 +1,5 @@
 """Softmax attention layer: grouped key/value heads, partial rotary positions."""
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from mmx.config import ModelConfig
@@ -9,7 +7,7 @@ from mmx.nn.linear import project
 from mmx.nn.params import Factory, xavier
 from mmx.nn.rope import apply_rope
 from mmx.nn.tokens import Tokens, last_token
-from pallas_kernels import attention
+from mmx.parallel.ops import Ops
 
 
 class SoftmaxAttention(nnx.Module):
@@ -23,7 +21,7 @@ class SoftmaxAttention(nnx.Module):
         self.out = make.param("out", (N, H, D), ("heads", None, "embed"), xavier(N * H, D, gain))
         self.rotary_dim, self.theta = config.rotary_dim, config.rope_theta
 
-    def __call__(self, h_BTD, cache, tokens: Tokens, implementation=None):
+    def __call__(self, h_BTD, cache, tokens: Tokens, ops: Ops):
         """Returns the layer's output [B, T, D] and the new (k, v) [B, K, S, H], or None.
 
         `cache` is None (attention among the given tokens) or (k, v, offsets_B): the tokens are
@@ -31,39 +29,20 @@ class SoftmaxAttention(nnx.Module):
         output is [B, 1, D], at each row's last token.
         """
         position_BT, lengths_B = tokens.position_BT, tokens.lengths_B
-        k = project("btd,dkh->btkh", h_BTD, self.k[...])
-        v = project("btd,dkh->btkh", h_BTD, self.v[...])
+        h_BTD = ops.constrain(h_BTD, "rows", "time", "hidden")
+        k, v = (project("btd,dkh->btkh", h_BTD, ops.use(w[...], "embed", "kv_heads", None))
+                for w in (self.k, self.v))
         k = apply_rope(k, position_BT, self.rotary_dim, self.theta)
         if tokens.last_only:
             h_BTD, position_BT = (last_token(x, lengths_B) for x in (h_BTD, position_BT))
-        q = project("btd,dnh->btnh", h_BTD, self.q[...])
+        q = project("btd,dnh->btnh", h_BTD, ops.use(self.q[...], "embed", "heads", None))
         q = apply_rope(q, position_BT, self.rotary_dim, self.theta)
         if cache is None:
-            out = attention(q, k, v, samples_BT=tokens.samples_BT, implementation=implementation)
-            new = None
+            out, new = ops.attention(q, k, v, tokens.samples_BT), None
         else:
             k_cache, v_cache, offsets_B = cache
-            new = tuple(
-                write_rows(old, x, offsets_B, lengths_B)
-                for old, x in ((k_cache, k), (v_cache, v))
-            )
-            k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in new)
-            out = attention(q, k, v, offsets_B=position_BT[:, 0], implementation=implementation)
-        return project("btnh,nhd->btd", out, self.out[...]), new
-
-
-def write_rows(cache_BKSH, x_BTKH, offsets_B, lengths_B) -> jax.Array:
-    """Writes each row's first `lengths_B[b]` tokens at `offsets_B[b]`, and nothing else."""
-    B, T = x_BTKH.shape[:2]
-    S = cache_BKSH.shape[2]
-    if T > S:
-        raise ValueError(f"{T} tokens do not fit a cache of {S}; allocate at least the chunk.")
-    x_BTKH = x_BTKH.astype(cache_BKSH.dtype)
-    # Padding goes beyond the cache, where it is dropped. Nothing of the cache is read, so that a
-    # donated one is updated in place.
-    if B * T == 1:  # XLA makes a slice update of a single index, and copies the cache for it
-        x_BTKH, T = jnp.pad(x_BTKH, ((0, 0), (0, 1), (0, 0), (0, 0))), 2
-    time_T = jnp.arange(T)
-    index_BT = jnp.where(time_T < lengths_B[:, None], offsets_B[:, None] + time_T, S + time_T)
-    rows_B1 = jnp.arange(B)[:, None]
-    return cache_BKSH.at[rows_B1, :, index_BT].set(x_BTKH, mode="drop", unique_indices=True)
+            out, new = ops.cached_attention(
+                q, k, v, (k_cache, v_cache), offsets_B, lengths_B)
+        out = ops.constrain(out, "rows", "time", "heads", None)
+        out_BTD = project("btnh,nhd->btd", out, ops.use(self.out[...], "heads", None, "embed"))
+        return ops.constrain(out_BTD, "rows", "time", "hidden"), new

@@ -1,44 +1,119 @@
-"""Logical axes of parameters to axes of a device mesh."""
+"""Logical axes of parameters and activations to axes of a device mesh, one table per regime."""
 
-from collections.abc import Mapping
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmx.errors import UserError
 
-# Serving: experts apart, heads and expert width split; the rest lies whole on every device.
-SERVING = {"expert": "expert", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor",
-           "vocab": "tensor"}
-# Fewer key/value heads than devices are copied rather than refused: they are small.
-_MAY_BE_WHOLE = ("kv_heads",)
+AXES = ("slice", "data", "sequence", "expert", "tensor")
+Axes = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Mesh axes that share out each logical axis; () leaves it whole.
+
+    Parameters have expert, heads, kv_heads, mlp, vocab, and embed (the model's width, gathered
+    where it is used). Activations have batch, rows (the batch where a product needs whole rows),
+    time, hidden (the width, at products with a split `embed`), and cache_time (slots of keys).
+    """
+
+    expert: Axes = ("expert",)
+    heads: Axes = ("tensor",)
+    kv_heads: Axes = ("tensor",)
+    mlp: Axes = ("tensor",)
+    vocab: Axes = ("tensor", "expert")
+    embed: Axes = ()
+    batch: Axes = ()
+    rows: Axes = ()
+    time: Axes = ()
+    hidden: Axes = ()
+    cache_time: Axes = ()
+
+
+# Decoding moves weights, so they lie as thin as they can and the few activations travel: states
+# and caches by batch over the expert axis too, the width of attention's products over it.
+DECODE = Rules(embed=("expert",), batch=("slice", "data", "expert"), rows=("slice", "data"),
+               hidden=("expert",), cache_time=("sequence",))
+# Many tokens: attention's weights are gathered where they are used.
+PREFILL = Rules(embed=("expert",), batch=("slice", "data", "expert"),
+                rows=("slice", "data", "expert"), time=("sequence",), cache_time=("sequence",))
+# One or few sequences too long for a device: their time is shared out.
+LONG = Rules(embed=("expert",), batch=("slice", "data"), rows=("slice", "data"),
+             time=("sequence", "expert"), cache_time=("sequence", "expert"))
+# Parameters and optimiser state lie over all devices.
+TRAIN = Rules(embed=("data", "sequence", "expert"), batch=("slice", "data", "expert"),
+              rows=("slice", "data", "expert"), time=("sequence",))
+# Experts apart, heads and expert width split; the rest lies whole on every device.
+SERVING = Rules()
+REGIMES = {"decode": DECODE, "prefill": PREFILL, "long": LONG, "train": TRAIN, "serving": SERVING}
+
+# Fewer key/value heads than devices are copied rather than refused, and 200,064 words lie over as
+# many axes as divide them: both are small.
+_MAY_BE_WHOLE = ("kv_heads", "embed", "vocab")
+
+
+def axes_of(rules: Rules, mesh: Mesh, logical: str | None, size: int,
+            used: Sequence[str] = ()) -> Axes:
+    """Returns the longest prefix of a rule's mesh axes, not in `used`, that divides `size`."""
+    names: list[str] = []
+    for name in getattr(rules, logical) if logical else ():
+        parts = mesh.shape.get(name, 1)
+        if parts == 1 or name in used:
+            continue
+        if size % (math.prod(mesh.shape[n] for n in names) * parts):
+            break
+        names.append(name)
+    return tuple(names)
+
+
+def partition(rules: Rules, mesh: Mesh, shape: Sequence[int],
+              logical: Sequence[str | None]) -> PartitionSpec:
+    """Returns how an array of `shape` with `logical` axes lies; an axis is used once."""
+    used: list[str] = []
+    entries: list[Any] = []
+    for size, name in zip(shape, logical, strict=True):
+        axes = axes_of(rules, mesh, name, size, used)
+        used += axes
+        entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    return PartitionSpec(*entries)
 
 
 def param_shardings(specs: Mapping[str, Any], mesh: Mesh,
-                    rules: Mapping[str, str] = SERVING) -> dict[str, NamedSharding]:
-    """Returns path -> sharding over `mesh`, whose axes are among the values of `rules`.
+                    rules: Rules = SERVING) -> dict[str, NamedSharding]:
+    """Returns path -> sharding over `mesh`, whose axes are among `AXES`.
 
     `specs` are those of `mmx.model.param_specs`: each has a path, a shape and logical axes. Raises
-    UserError for a mesh axis that no rule uses, and for a dimension that does not divide.
+    UserError for a mesh axis of another name, and for a dimension that does not divide.
     """
-    for name, size in mesh.shape.items():
-        if size > 1 and name not in rules.values():
-            raise UserError(f"The mesh axis '{name}' is unknown.",
-                            f"Axes are {', '.join(dict.fromkeys(rules.values()))}.",
-                            "Rename it, for example jax.make_mesh((8,), ('tensor',)).")
-    return {path: NamedSharding(mesh, _partition(spec, mesh, rules))
+    check_mesh(mesh)
+    return {path: NamedSharding(mesh, _checked(spec, mesh, rules))
             for path, spec in specs.items()}
 
 
-def _partition(spec, mesh: Mesh, rules: Mapping[str, str]) -> PartitionSpec:
-    names = []
-    for size, logical in zip(spec.shape, spec.axes, strict=True):
-        axis = rules.get(logical)
-        parts = mesh.shape.get(axis, 1)
-        if size % parts and logical not in _MAY_BE_WHOLE:
+def check_mesh(mesh: Mesh) -> None:
+    """Raises UserError for a mesh axis that no rule uses."""
+    for name, size in mesh.shape.items():
+        if size > 1 and name not in AXES:
+            raise UserError(f"The mesh axis '{name}' is unknown.",
+                            f"Axes are {', '.join(AXES)}.", "Rename it, for example 'tensor=8'.")
+
+
+def _checked(spec, mesh: Mesh, rules: Rules) -> PartitionSpec:
+    logical = [None if name == "layers" else name for name in spec.axes]
+    if set(logical) == {None, "embed"} or logical == ["embed"]:
+        return PartitionSpec()  # a norm's weights: less than the cost of gathering them
+    for size, name in zip(spec.shape, logical, strict=True):
+        axis = getattr(rules, name) if name else ()
+        parts = math.prod(mesh.shape.get(a, 1) for a in axis)
+        if size % parts and name not in _MAY_BE_WHOLE:
             raise UserError(
-                f"{spec.path}: {size} {logical} do not divide over the mesh axis '{axis}' "
-                f"of {parts} devices.", "A sharded dimension is cut into equal parts.",
-                f"Make '{axis}' a divisor of {size}.")
-        names.append(axis if parts > 1 and size % parts == 0 else None)
-    return PartitionSpec(*names)
+                f"{spec.path}: {size} {name} do not divide over the mesh axis "
+                f"'{','.join(axis)}' of {parts} devices.",
+                "A sharded dimension is cut into equal parts.",
+                f"Make '{','.join(axis)}' a divisor of {size}.")
+    return partition(rules, mesh, spec.shape, logical)

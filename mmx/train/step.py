@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mmx import model
 from mmx.config import ModelConfig
 from mmx.data.pipeline import Batch
+from mmx.parallel.ops import Ops
 from mmx.train.config import OptimizerConfig
 from mmx.train.losses import TokenLoss, token_loss
 from mmx.train.optimizer import make_optimizer
@@ -70,11 +71,11 @@ def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
-def _loss(config: ModelConfig, how: StepConfig, params, batch: Batch):
+def _loss(config: ModelConfig, how: StepConfig, params, batch: Batch, ops: Ops | None):
     """Sums of one micro-batch and the layers' load balance."""
     ids_BT, targets_BT = batch.tokens_BS[:, :-1], batch.tokens_BS[:, 1:]
     x_BTD, aux = model.forward(config, params, ids_BT, starts_BT=batch.starts_BT,
-                               dtype=how.dtype, remat=how.remat, hidden=True)
+                               dtype=how.dtype, remat=how.remat, hidden=True, ops=ops)
     loss = token_loss(partial(model.logits_of, config, params), x_BTD, targets_BT,
                       batch.weights_BT, config.vocab_size)
     return loss, model.load_balance_by_layer(aux)
@@ -87,7 +88,8 @@ def _by_source(num_sources: int, source_B, loss: TokenLoss):
             "right": loss.right_B @ which_BK}
 
 
-def gradients(config: ModelConfig, how: StepConfig, params, batch: Batch):
+def gradients(config: ModelConfig, how: StepConfig, params, batch: Batch,
+              ops: Ops | None = None):
     """Mean loss over the batch's weighted targets, its gradients, and metrics.
 
     The micro-batches' sums are divided by the weight of the whole batch, so accumulation changes
@@ -96,7 +98,7 @@ def gradients(config: ModelConfig, how: StepConfig, params, batch: Batch):
     total_weight = jnp.maximum(jnp.sum(batch.weights_BT), 1e-9)
 
     def objective(params, micro: Batch):
-        loss, balance = _loss(config, how, params, micro)
+        loss, balance = _loss(config, how, params, micro, ops)
         value = (jnp.sum(loss.nll_B) + how.z_coef * loss.z) / total_weight
         value = value + how.aux_coef * balance / how.accumulate
         metrics = {"loss": jnp.sum(loss.nll_B) / total_weight,

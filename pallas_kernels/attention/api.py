@@ -53,3 +53,24 @@ def attention(
         raise ValueError(f"{T} queries need at least as many keys; got {S}.")
     run = dispatch.choose("attention", _IMPLEMENTATIONS, implementation, "xla", (B, T, S, N, K, H))
     return run(q_BTNH, k_BSKH, v_BSKH, offsets_B, samples_BT)
+
+
+def partial_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    offsets_B: jax.Array,
+    stride: int = 1,
+    phase: jax.Array | int = 0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One device's share of an attention whose keys lie on several.
+
+    As `attention` with offsets, but key s stands at position `s · stride + phase`, and sums are
+    returned instead of their quotient. Shares are merged with m = max of peaks: the output is
+    Σ exp(peak - m) · weighted / Σ exp(peak - m) · total.
+
+    Returns:
+      weighted values [B, T, N, H], their total weight [B, T, N] and peak score [B, T, N], float32.
+    """
+    return xla.partial_attention(q_BTNH, k_BSKH, v_BSKH, offsets_B, stride, phase)

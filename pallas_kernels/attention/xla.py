@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import precision
+from pallas_kernels import dispatch, precision
 
 QUERY_BLOCK = 512
 KEY_BLOCK = 1024
@@ -80,7 +80,7 @@ def _causal(q, k, v, samples_BT):
 
 
 def _key_block(q, S: int) -> int:
-    if jax.default_backend() != "cpu":
+    if dispatch.platform() != "cpu":
         return KEY_BLOCK
     rows = math.prod(q.shape[:-1])
     if q.shape[3] == 1:
@@ -89,12 +89,33 @@ def _key_block(q, S: int) -> int:
     return min(max(block, 128), KEY_BLOCK, S)
 
 
+def partial_attention(q_BTNH, k_BSKH, v_BSKH, offsets_B, stride, phase):
+    """Sums over a part of the keys; arguments and results as in the public function."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    sums = _sums(q_BKGTH, k_BKSH, v_BKSH, offsets_B, stride, phase)
+    out, total, peak = (x.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1) for x in sums)
+    return out, total[..., 0], peak[..., 0]
+
+
 def _cached(q, k, v, offsets_B):
+    out, total, _ = _sums(q, k, v, offsets_B, 1, 0)
+    return out / total
+
+
+def _sums(q, k, v, offsets_B, stride, phase):
+    """Weighted values, weights and peak score per query; key s stands at s · stride + phase."""
     T, S = q.shape[3], k.shape[2]
     position = (offsets_B[:, None] + jnp.arange(T))[:, None, None, :, None]
     block_size = _key_block(q, S)
     if S <= block_size:
-        return _attend(q, k, v, jnp.arange(S) <= position)
+        mask = jnp.arange(S) * stride + phase <= position
+        scores = jnp.where(mask, _scores(q, k), NEG_INF)
+        peak = scores.max(-1, keepdims=True)
+        weights = jnp.where(mask, jnp.exp(scores - peak), 0.0)
+        return _weighted(weights, v), weights.sum(-1, keepdims=True), peak
 
     def block(i, carry):
         out, total, peak = carry
@@ -102,7 +123,7 @@ def _cached(q, k, v, offsets_B):
         first = jnp.minimum(i * block_size, S - block_size)
         k_block, v_block = (jax.lax.dynamic_slice_in_dim(x, first, block_size, 2) for x in (k, v))
         key = first + jnp.arange(block_size)
-        mask = (key <= position) & (key >= i * block_size)
+        mask = (key * stride + phase <= position) & (key >= i * block_size)
         scores = jnp.where(mask, _scores(q, k_block), NEG_INF)
         new_peak = jnp.maximum(peak, scores.max(-1, keepdims=True))
         weights = jnp.where(mask, jnp.exp(scores - new_peak), 0.0)
@@ -116,6 +137,5 @@ def _cached(q, k, v, offsets_B):
         jnp.zeros((*shape, 1), jnp.float32),
         jnp.full((*shape, 1), NEG_INF, jnp.float32),
     )
-    used = jnp.minimum(jnp.max(offsets_B) + T, S)
-    out, total, _ = jax.lax.fori_loop(0, -(-used // block_size), block, start)
-    return out / total
+    used = jnp.clip(-(-(jnp.max(offsets_B) + T - phase) // stride), 0, S)
+    return jax.lax.fori_loop(0, -(-used // block_size), block, start)

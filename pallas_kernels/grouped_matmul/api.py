@@ -44,7 +44,7 @@ def grouped_matmul(
         raise ValueError(
             f"group_sizes_E must have shape {w_EDF.shape[:1]}; got {group_sizes_E.shape}."
         )
-    default = "tiled" if jax.default_backend() == "cpu" else "ragged_dot"
+    default = "tiled" if dispatch.platform() == "cpu" else "ragged_dot"
     run = dispatch.choose(
         "grouped_matmul", _IMPLEMENTATIONS, implementation, default, (x_MD.shape, w_EDF.shape)
     )

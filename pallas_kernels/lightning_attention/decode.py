@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
+
 
 def lightning_decode(
     q_B1NH: jax.Array,
@@ -27,7 +29,7 @@ def lightning_decode(
         q_BNH = jnp.where(active_B1[..., None], q_BNH, 0.0)
     update_BNHH = k_BNH[..., :, None] * v_BNH[..., None, :]
     state_BNHH = decay_BN[..., None, None] * state_BNHH + update_BNHH
-    if jax.default_backend() == "cpu":
+    if dispatch.platform() == "cpu":
         out_BNH = jnp.einsum("bnh,bnhg->bng", q_BNH, state_BNHH, precision="highest")
     else:
         # A sum of products, not a matrix product: fused with the update, the state moves once.

@@ -1,0 +1,100 @@
+"""The operations of a layer whose form depends on where arrays lie, on one device."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import attention, lightning_attention
+
+NO_CHOICE: Mapping[str, str] = {}
+
+
+class Ops:
+    """One device: each operation is its kernel. `MeshOps` has the same methods over a mesh.
+
+    names: implementations of "lightning", "softmax", "moe"; automatic where absent.
+    """
+
+    mesh = None
+
+    def __init__(self, names: Mapping[str, str] = NO_CHOICE):
+        self.names = names
+
+    def constrain(self, x: jax.Array, *logical: str | None) -> jax.Array:
+        """Says how an activation lies, by the logical axis of each dimension."""
+        return x
+
+    def whole(self, x: jax.Array) -> jax.Array:
+        """An activation that every device has all of."""
+        return x
+
+    def use(self, weight, *logical: str | None):
+        """A parameter as the next product wants it: whole along a split `embed`, or as it lies."""
+        return weight
+
+    def cache_kv_heads(self, kv_heads: int) -> int:
+        """Key/value heads that a cache holds: copies, where there are more devices than heads."""
+        return kv_heads
+
+    def lightning(self, q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT, lengths_B):
+        """As `pallas_kernels.lightning_attention`."""
+        return lightning_attention(
+            q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT=starts_BT,
+            lengths_B=lengths_B, implementation=self.names.get("lightning"))
+
+    def attention(self, q_BTNH, k_BTKH, v_BTKH, samples_BT):
+        """Attention among the given tokens."""
+        return attention(q_BTNH, k_BTKH, v_BTKH, samples_BT=samples_BT,
+                         implementation=self.names.get("softmax"))
+
+    def cached_attention(self, q_BTNH, k_BTKH, v_BTKH, cache, offsets_B, lengths_B):
+        """Writes keys and values at `offsets_B`; attends from there to all that is held.
+
+        `q_BTNH` may have one token, each row's last. `cache` is (k, v) [B, K, S, H]. Returns the
+        output and the new cache.
+        """
+        cache = tuple(write_rows(old, new, offsets_B, lengths_B)
+                      for old, new in zip(cache, (k_BTKH, v_BTKH), strict=True))
+        k, v = (x.swapaxes(1, 2).astype(q_BTNH.dtype) for x in cache)
+        first_B = first_query(q_BTNH, k_BTKH, offsets_B, lengths_B)
+        out = attention(q_BTNH, k, v, offsets_B=first_B, implementation=self.names.get("softmax"))
+        return out, cache
+
+    def experts(self, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down) -> jax.Array:
+        """Applies `run(g_TD, weight_Tk, expert_Tk, gate_up, down)` to all tokens: [B, T, D]."""
+        out_TD = run(*(x.reshape(-1, x.shape[-1]) for x in (g_BTD, weight_BTk, expert_BTk)),
+                     gate_up, down)
+        return out_TD.reshape(g_BTD.shape)
+
+
+def first_query(q_BTNH, k_BTKH, offsets_B, lengths_B) -> jax.Array:
+    """Returns the position of each row's first query: the last token's if there is only one."""
+    if q_BTNH.shape[1] == k_BTKH.shape[1]:
+        return offsets_B
+    return offsets_B + jnp.maximum(lengths_B - 1, 0)
+
+
+def write_rows(cache_BKSH, x_BTKH, offsets_B, lengths_B, stride: int = 1, phase=0) -> jax.Array:
+    """Writes each row's first `lengths_B[b]` tokens at `offsets_B[b]`, and nothing else.
+
+    Slot s holds the token at position `s · stride + phase`; tokens of other phases are left out.
+    """
+    B, T = x_BTKH.shape[:2]
+    S = cache_BKSH.shape[2]
+    if T > S * stride:
+        raise ValueError(
+            f"{T} tokens do not fit a cache of {S * stride}; allocate at least the chunk.")
+    x_BTKH = x_BTKH.astype(cache_BKSH.dtype)
+    # Padding goes beyond the cache, where it is dropped. Nothing of the cache is read, so that a
+    # donated one is updated in place.
+    if B * T == 1:  # XLA makes a slice update of a single index, and copies the cache for it
+        x_BTKH, T = jnp.pad(x_BTKH, ((0, 0), (0, 1), (0, 0), (0, 0))), 2
+    time_T = jnp.arange(T)
+    position_BT = offsets_B[:, None] + time_T
+    mine_BT = time_T < lengths_B[:, None]
+    if stride > 1:
+        mine_BT &= position_BT % stride == phase
+    index_BT = jnp.where(mine_BT, position_BT // stride, S + time_T)
+    rows_B1 = jnp.arange(B)[:, None]
+    return cache_BKSH.at[rows_B1, :, index_BT].set(x_BTKH, mode="drop", unique_indices=True)

@@ -1,0 +1,221 @@
+"""The step functions of a job, compiled for a pod's devices from shapes alone."""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mmx import cache as caches
+from mmx import model, quant
+from mmx.config import ModelConfig
+from mmx.engine import sampling
+from mmx.errors import UserError
+from mmx.parallel.mesh_ops import MeshOps
+from mmx.sharding.rules import REGIMES, Rules, param_shardings
+from pallas_kernels import dispatch
+from pallas_kernels.quantized import QuantizedTensor
+
+MODES = ("decode", "prefill", "long", "train")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a pod is asked to do.
+
+    Attributes:
+      mode: "decode" (one token for each of `batch` sequences, with sampling), "prefill" (a chunk
+        of `chunk` tokens of each of `batch` prompts), "long" (a chunk of few prompts whose time is
+        shared out), "train" (one step over `batch` rows of `context` tokens).
+      context: tokens that each sequence can hold.
+      quantize: "int8" or None. kv_dtype: of cached keys and values.
+    """
+
+    config: ModelConfig
+    mode: str = "decode"
+    batch: int = 32
+    context: int = 8192
+    chunk: int = 2048
+    dtype: str = "bfloat16"
+    quantize: str | None = None
+    kv_dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise UserError(f"The mode '{self.mode}' is unknown.", f"It is {', '.join(MODES)}.",
+                            "Correct --mode.")
+        for name in ("batch", "context", "chunk"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} is out of range.",
+                                "It is an integer ≥ 1.", f"Set --{name} to a positive integer.")
+
+    @property
+    def rules(self) -> Rules:
+        return REGIMES[self.mode]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one step consumes."""
+        each = {"decode": 1, "train": self.context}.get(self.mode, min(self.chunk, self.context))
+        return self.batch * each
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device, as its share of each part of the arguments, and what the compiler adds.
+
+    `total` is what the compiler counts: arguments, results that alias nothing, temporaries, code.
+    """
+
+    weights: int
+    keys_values: int
+    states: int
+    optimizer: int
+    other: int
+    temporaries: int
+    total: int
+
+
+def compile_step(job: Job, mesh: Mesh) -> tuple[Any, Memory]:
+    """Returns the compiled step and its memory per device; nothing is allocated or run.
+
+    Raises UserError for a mesh on which the model does not lie. The compiler's own refusal of a
+    program that exceeds a TPU's memory passes through.
+    """
+    ops = MeshOps(mesh, job.rules)
+    params = _params(job, mesh)
+    build = _train if job.mode == "train" else _serve
+    platform = "gpu" if _platform(mesh) == "cuda" else _platform(mesh)
+    with dispatch.compiling_for(platform), \
+            jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered, parts = build(job, ops, params)
+        compiled = lowered.compile()
+    parts = {"weights": share_bytes(params), **parts}
+    return compiled, memory_of(compiled, parts)
+
+
+def memory_of(compiled, parts: dict[str, int]) -> Memory:
+    found = compiled.memory_analysis()
+    arguments = found.argument_size_in_bytes
+    total = (arguments + found.output_size_in_bytes - found.alias_size_in_bytes
+             + found.temp_size_in_bytes + found.generated_code_size_in_bytes)
+    known = {name: parts.get(name, 0)
+             for name in ("weights", "keys_values", "states", "optimizer")}
+    return Memory(**known, other=max(arguments - sum(known.values()), 0),
+                  temporaries=total - arguments, total=total)
+
+
+def _platform(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].platform
+
+
+def _params(job: Job, mesh: Mesh):
+    shardings = param_shardings(model.param_specs(job.config, job.dtype), mesh, job.rules)
+    dtype = "float32" if job.mode == "train" else job.dtype
+
+    def place(leaf, sharding):
+        if not isinstance(leaf, QuantizedTensor):
+            return _abstract(leaf, sharding)
+        spec = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
+        kept = P(*(None if n == 1 else part for n, part in zip(leaf.scale.shape, spec, strict=True)))
+        return QuantizedTensor(_abstract(leaf.values, sharding),
+                               _abstract(leaf.scale, NamedSharding(mesh, kept)))
+
+    abstract = quant.abstract_params(job.config, dtype, job.quantize)
+    return {path: place(leaf, shardings[path]) for path, leaf in abstract.items()}
+
+
+def _abstract(leaf, sharding):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def share_bytes(tree) -> int:
+    """Bytes of one device's share of a tree of abstract arrays with shardings."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+               for leaf in jax.tree.leaves(tree))
+
+
+def _serve(job: Job, ops: MeshOps, params):
+    config = job.config
+    holders = math.prod(ops.mesh.shape.get(name, 1) for name in job.rules.cache_time)
+    capacity = -(-job.context // holders) * holders
+    shapes = caches.cache_shapes(config, job.batch, capacity, job.kv_dtype,
+                                 ops.cache_kv_heads(config.num_kv_heads))
+    axes = caches.cache_axes(shapes)
+    cache = jax.tree.map(
+        lambda leaf, names: _abstract(leaf, ops.sharding(leaf.shape, *names)), shapes, axes,
+        is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct))
+    held = jax.tree.leaves(cache)
+    states = share_bytes([leaf for leaf in held if leaf.ndim == 5 and leaf.dtype == jnp.float32
+                          and leaf.shape[-1] == leaf.shape[-2]])
+    parts = {"states": states, "keys_values": share_bytes(held) - states}
+
+    def vector(dtype=jnp.int32):
+        return jax.ShapeDtypeStruct((job.batch,), dtype, sharding=ops.sharding((job.batch,), None))
+
+    places = jax.tree.map(lambda leaf: leaf.sharding, cache)
+    whole = NamedSharding(ops.mesh, P())
+    if job.mode == "decode":
+        state = jax.tree.map(lambda leaf: _abstract(leaf, whole), jax.eval_shape(
+            lambda: sampling.empty_state(job.batch, config.vocab_size)))
+        forbidden = jax.ShapeDtypeStruct((config.vocab_size,), jnp.bool_, sharding=whole)
+
+        def decode(params, cache, ids_B, active_B, forbidden_V, state):
+            logits, cache = model.step(config, params, cache, ids_B[:, None], active_B, ops=ops)
+            sampled, state = sampling.sample(logits, forbidden_V, state, active_B)
+            return sampled, cache, state
+
+        step = jax.jit(decode, donate_argnums=(1, 5), out_shardings=(whole, places, whole))
+        return step.lower(params, cache, vector(), vector(), forbidden, state), parts
+    chunk = min(job.chunk, capacity)
+    ids = jax.ShapeDtypeStruct((job.batch, chunk), jnp.int32, sharding=ops.sharding(
+        (job.batch, chunk), "batch", "time"))
+    step = jax.jit(partial(model.step, config, ops=ops), donate_argnums=(1,),
+                   out_shardings=(whole, places))
+    return step.lower(params, cache, ids, vector()), parts
+
+
+def _train(job: Job, ops: MeshOps, params):
+    from mmx.data.pipeline import Batch
+    from mmx.train.config import OptimizerConfig
+    from mmx.train.optimizer import make_optimizer
+    from mmx.train.step import StepConfig, gradients, init_state
+
+    if job.quantize:
+        raise UserError("Training does not use int8 weights.", "Parameters are float32.",
+                        "Leave out --quantize.")
+    optimizer = make_optimizer(OptimizerConfig())
+    how = StepConfig(dtype=job.dtype, remat=True)
+    whole = NamedSharding(ops.mesh, P())
+
+    def like_params(tree):
+        # Moments lie as their parameters; counters everywhere.
+        return {path: _abstract(leaf, params[path].sharding) for path, leaf in tree.items()}
+
+    state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    opt = jax.tree.map(lambda x: like_params(x) if isinstance(x, dict) else _abstract(x, whole),
+                       state.opt, is_leaf=lambda x: isinstance(x, dict))
+    state = state._replace(params=params, opt=opt, step=_abstract(state.step, whole))
+
+    def rows(*shape, dtype=jnp.int32):
+        names = ("batch", "time")[:len(shape)]
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=ops.sharding(shape, *names))
+
+    B, T = job.batch, job.context
+    batch = Batch(tokens_BS=jax.ShapeDtypeStruct((B, T + 1), jnp.int32, sharding=ops.sharding(
+        (B, T + 1), "batch", None)), starts_BT=rows(B, T, dtype=jnp.bool_),
+        weights_BT=rows(B, T, dtype=jnp.float32), source_B=rows(B))
+
+    def train(state, batch):
+        grads, metrics = gradients(job.config, how, state.params, batch, ops)
+        updates, opt = optimizer.update(grads, state.opt, state.params)
+        moved = {path: leaf + 1e-4 * updates[path] for path, leaf in state.params.items()}
+        return state._replace(params=moved, opt=opt, step=state.step + 1), metrics
+
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = jax.jit(train, donate_argnums=(0,), out_shardings=(places, whole))
+    return step.lower(state, batch), {"optimizer": share_bytes(opt)}

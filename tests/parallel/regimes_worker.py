@@ -1,0 +1,98 @@
+"""Compares the model over eight simulated devices with the model on one; prints JSON."""
+
+import json
+import os
+import sys
+from functools import partial
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmx import cache as caches
+from mmx import model, quant
+from mmx.config import LIGHTNING, SOFTMAX
+from mmx.parallel.mesh_ops import MeshOps
+from mmx.sharding.mesh import parse_mesh
+from mmx.sharding.rules import REGIMES, param_shardings
+from tests.engine.conftest import tiny_model
+from tests.tolerances import peak_ratio
+
+CONFIG, PARAMS = tiny_model((LIGHTNING, SOFTMAX))
+CHUNKS = (8, 8, 1, 1)
+CAPACITY = 32
+
+
+def serve(params, batch: int, ops=None):
+    """Logits of every valid token and the last states, through chunks of uneven rows."""
+    kv_heads = ops and ops.cache_kv_heads(CONFIG.num_kv_heads)
+    cache = caches.init_cache(CONFIG, batch, CAPACITY, "float32", kv_heads)
+    step = jax.jit(partial(model.step, CONFIG, logits="all", ops=ops), donate_argnums=(1,))
+    random, logits = np.random.default_rng(1), []
+    for T in CHUNKS:
+        ids = random.integers(1, CONFIG.vocab_size, (batch, T)).astype(np.int32)
+        lengths = np.full(batch, T, np.int32)
+        if T > 1:
+            lengths[0] = T - 3
+        out, cache = step(params, cache, ids, lengths)
+        logits += [np.asarray(out)[row, :length] for row, length in enumerate(lengths)]
+    states = [np.asarray(memory["state"]) for stack in cache.stacks for memory in stack
+              if "state" in memory]
+    return logits + states
+
+
+def train(params, ops=None):
+    """Loss and gradients over packed rows."""
+    random = np.random.default_rng(2)
+    ids = random.integers(1, CONFIG.vocab_size, (4, 16)).astype(np.int32)
+    starts = np.zeros((4, 16), bool)
+    starts[:, 0] = starts[1, 5] = starts[1, 8] = starts[2, 15] = starts[3, 4] = True
+
+    def loss(params):
+        logits, aux = model.forward(CONFIG, params, ids, starts_BT=starts, ops=ops)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], axis=2)
+        return -jnp.mean(picked) + 0.01 * model.load_balance(aux)
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+    return [np.asarray(value)[None], *(np.asarray(grads[path]) for path in sorted(grads))]
+
+
+def place(params, mesh, rules):
+    shardings = param_shardings(model.param_specs(CONFIG), mesh, rules)
+
+    def put(leaf, sharding):
+        if leaf.ndim and any(n == 1 and part for n, part in zip(
+                leaf.shape, [*sharding.spec, *[None] * leaf.ndim], strict=False)):
+            kept = (None if n == 1 else part for n, part in zip(
+                leaf.shape, [*sharding.spec, *[None] * leaf.ndim], strict=False))
+            sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*kept))
+        return jax.device_put(leaf, sharding)
+
+    return {path: jax.tree.map(lambda leaf, s=shardings[path]: put(leaf, s), leaf)
+            for path, leaf in params.items()}
+
+
+def main(cases):
+    int8 = quant.quantize_params(PARAMS)
+    references, report = {}, {}
+    for case in cases:
+        text, regime, *rest = case.split("/")
+        batch, given = int(rest[0]), int8 if "int8" in rest else PARAMS
+        mesh, rules = parse_mesh(text), REGIMES[regime]
+        names = dict(word.split("=") for word in rest[1:] if "=" in word)
+        ops = MeshOps(mesh, rules, names)
+        key = (regime == "train", batch, "int8" in rest)
+        if key not in references:
+            references[key] = train(given) if key[0] else serve(given, batch)
+        params = place(given, mesh, rules)
+        got = train(params, ops) if key[0] else serve(params, batch, ops)
+        assert all(a.shape == b.shape for a, b in zip(got, references[key], strict=True))
+        report[case] = max(peak_ratio(a, b) for a, b in zip(got, references[key], strict=True))
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,44 @@
+"""Every regime, on products of mesh axes, equals one device: logits, states, gradients."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.tolerances import bound
+
+# MESH/REGIME/ROWS[/int8][/sequence=METHOD]; rows are of uneven length, tensor=4 has more devices
+# than key/value heads, and a row alone cannot be split over the batch axes.
+QUICK = (
+    "data=2,expert=2,tensor=2/decode/4/int8", "expert=2,tensor=4/prefill/4",
+    "sequence=2,expert=2,tensor=2/long/1", "data=2,sequence=2,expert=2/train/4",
+)
+CASES = (
+    "tensor=4/decode/4", "expert=4,tensor=2/decode/4", "expert=2,tensor=2/decode/1",
+    "sequence=2,expert=2,tensor=2/decode/2", "sequence=4/prefill/1",
+    "data=2,sequence=2,tensor=2/prefill/4", "expert=4,tensor=2/long/1/int8/sequence=log",
+    "sequence=8/long/2/sequence=ring", "data=2,expert=2,tensor=2/train/4",
+    "slice=2,data=2,tensor=2/train/4", "sequence=4,tensor=2/train/4/context=gather",
+)
+
+
+def measure(cases) -> dict[str, float]:
+    """Largest error of each case, as a share of the largest value."""
+    done = subprocess.run([sys.executable, "-m", "tests.parallel.regimes_worker", *cases],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.multidevice
+def test_a_mesh_equals_one_device():
+    errors = measure(QUICK)
+    assert set(errors) == set(QUICK) and max(errors.values()) <= bound("tiny_logits"), errors
+
+
+@pytest.mark.slow
+@pytest.mark.multidevice
+def test_every_mesh_equals_one_device():
+    errors = measure(CASES)
+    assert set(errors) == set(CASES) and max(errors.values()) <= bound("tiny_logits"), errors
