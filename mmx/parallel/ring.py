@@ -102,7 +102,7 @@ def _half_pieces(x, order, axis):
     return jnp.take(halves, order, axis=axis).reshape(x.shape)
 
 
-def _first_tokens(rank, W: int, T: int, balanced: bool):
+def first_tokens(rank, W: int, T: int, balanced: bool):
     """Position of the first token of each segment (one, or two halves) that a rank holds."""
     if balanced:
         return jnp.stack([rank, 2 * W - 1 - rank]) * (T // 2)
@@ -119,7 +119,7 @@ class _Piece:
         self.segments = 2 if self.balanced else 1
         L = self.T // self.segments
         self.size = min(blocks.QUERY_BLOCK, L)
-        first = _first_tokens(self.rank, self.W, self.T, self.balanced)
+        first = first_tokens(self.rank, self.W, self.T, self.balanced)
         # Queries that only fill a block, or are padding, stand before all keys and see none.
         position_nBb = blocks.positions(first, L, self.size, -1)[:, None]
         position_nBb = jnp.broadcast_to(position_nBb, (len(position_nBb), B, self.size))
@@ -149,7 +149,7 @@ class _Piece:
         """Keys, values, positions and samples, where `travellers` are the rank's."""
         first = jnp.zeros(1, jnp.int32)
         if self.method == "ring":
-            first = _first_tokens(rank, self.W, self.T, self.balanced)
+            first = first_tokens(rank, self.W, self.T, self.balanced)
         k, v, sample = travellers
         L = self.key_count // self.key_segments
         return k, v, blocks.positions(first, L, self.key_size, blocks.NOWHERE), sample
