@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import mmx.nn.lightning
+import mmx.parallel.ops
 from mmx.checkpoint import load_params
 from mmx.config import LIGHTNING, SOFTMAX, preset
 from mmx.model import forward
@@ -20,6 +20,7 @@ from mmx.nn.lightning import decay_slopes, head_slopes, zero_state
 from mmx.nn.moe import route
 from mmx.nn.params import Factory
 from mmx.nn.rope import apply_rope, inverse_frequencies
+from mmx.parallel.ops import Ops
 from mmx.text.chat import render
 from pallas_kernels import lightning_attention
 from tests import tiny
@@ -220,7 +221,7 @@ def test_conformance_05_qkv_rows_are_per_head(tmp_path, monkeypatch):
         forward(config, params, jnp.arange(5)[None])
         return dict(seen)
 
-    monkeypatch.setattr(mmx.nn.lightning, "lightning_attention", capture)
+    monkeypatch.setattr(mmx.parallel.ops, "lightning_attention", capture)
     weights = tiny.tensors(config)
     full = np.abs(weights[name]) + 0.1
     for h, j in ((0, 0), (1, 5), (N - 1, H - 1)):
@@ -256,7 +257,7 @@ def test_conformance_06_residual_is_the_normalised_tensor(kind, postnorm):
     @jax.jit
     def layer(x):
         memory = zero_state(config, 1) if kind == LIGHTNING else None
-        return block(x, slopes, memory, tokens, {})[0]
+        return block(x, slopes, memory, tokens, Ops())[0]
 
     def norm(x):
         return x / np.sqrt((np.asarray(x) ** 2).mean(-1, keepdims=True))

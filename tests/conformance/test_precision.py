@@ -19,6 +19,7 @@ from mmx.nn.linear import Head
 from mmx.nn.moe import MoE
 from mmx.nn.params import Factory
 from mmx.nn.rope import apply_rope
+from mmx.parallel.ops import Ops
 from pallas_kernels import attention, lightning_attention
 from tests import tiny
 from tests.reference import lightning as f64
@@ -135,7 +136,7 @@ def test_router_separates_what_bfloat16_would_tie():
               "gate_up": jnp.zeros((2, 512, 2, 32), jnp.bfloat16),
               "down": jnp.zeros((2, 32, 512), jnp.bfloat16)}
     moe = MoE(config, Factory(lambda spec: values[spec.path], "bfloat16"), 1.0)
-    _, stats = moe(jnp.ones((1, 3, 512), jnp.bfloat16), None)
+    _, stats = moe(jnp.ones((1, 3, 512), jnp.bfloat16), None, Ops())
     assert stats.chosen_E.tolist() == [0, 3]
 
 
