@@ -71,7 +71,8 @@ def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
-def _loss(config: ModelConfig, how: StepConfig, params, batch: Batch, ops: Ops | None):
+def _loss(config: ModelConfig, how: StepConfig, params, batch: Batch,
+          ops: Ops | None = None):
     """Sums of one micro-batch and the layers' load balance."""
     ids_BT, targets_BT = batch.tokens_BS[:, :-1], batch.tokens_BS[:, 1:]
     x_BTD, aux = model.forward(config, params, ids_BT, starts_BT=batch.starts_BT,
