@@ -120,6 +120,24 @@ def finished(output: Path) -> set[int]:
     return {index for path in journal_paths(output) for index, _, _ in entries(path)}
 
 
+class Tally:
+    """Counts the records of all journals; what was counted once is not read again."""
+
+    def __init__(self, output: Path):
+        self._output = output
+        self._places: dict[Path, tuple[int, int]] = {}
+
+    def count(self) -> int:
+        for path in journal_paths(self._output):
+            at, lines = self._places.get(path, (0, 0))
+            with open(path, "rb") as file:
+                file.seek(at)
+                while data := file.read(1 << 20):
+                    at, lines = at + len(data), lines + data.count(b"\n")
+            self._places[path] = at, lines
+        return sum(lines for _, lines in self._places.values())
+
+
 def merge(output: Path, indexes: Iterable[int]) -> None:
     """Writes the records of `indexes`, in that order, to `output`: whole or not at all.
 

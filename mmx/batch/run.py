@@ -67,7 +67,8 @@ class Answerer(Protocol):
 
 def run_batch(start: Callable[[], Answerer], input: Path, output: Path, *,
               sampling: SamplingParams, settings: Mapping[str, Any],
-              restart: bool = False, host: int = 0, hosts: int = 1) -> Summary:
+              restart: bool = False, host: int = 0, hosts: int = 1,
+              barrier: Callable[[str], None] | None = None) -> Summary:
     """Answers each record of a JSON Lines file once, however often the process is killed.
 
     Args:
@@ -80,17 +81,21 @@ def run_batch(start: Callable[[], Answerer], input: Path, output: Path, *,
         with others is refused.
       restart: discard what an earlier run left.
       host, hosts: this process answers records `i % hosts == host`; host 0 waits for the others'
-        journals on the shared file system and merges.
+        journals on the shared file system and merges. Another run may have another `hosts`.
+      barrier: waits for all hosts, where they are one job.
     Raises UserError for an unreadable input, or an output that belongs to other work. A record that
     cannot be answered is told on stderr with its line and has an error in its place in the output.
     """
     survey = _survey(input)
     if restart:
-        if hosts > 1:
+        if hosts > 1 and barrier is None:
             raise UserError("--restart cannot be told to several hosts at once.",
                             "One of them would discard what another has begun.",
                             f"Remove '{output}' and '{output}.*' by hand.")
-        journal.discard(output)
+        if host == 0:
+            journal.discard(output)
+        if barrier:
+            barrier("discard")
     output.parent.mkdir(parents=True, exist_ok=True)
     state = journal.claim(output, {
         "input_sha256": survey.sha256, "records": survey.count,
@@ -110,9 +115,12 @@ def run_batch(start: Callable[[], Answerer], input: Path, output: Path, *,
         raise
     finally:
         book.close()
+    if host == 0 and hosts > 1:
+        _await_hosts(output, survey.count, hosts)
+    if barrier:
+        barrier("answered")  # none opens a journal after this
     merged = host == 0
     if merged:
-        _await_hosts(output, survey.count, hosts)
         journal.merge(output, range(survey.count))
         journal.tidy(output)
     return Summary(survey.count, run.resumed, run.answered, run.errors, run.prompt_tokens,
@@ -153,13 +161,18 @@ def _wording(line: bytes) -> str | None:
 
 def _await_hosts(output: Path, count: int, hosts: int) -> None:
     """Returns when the journals hold all records; names the hosts that are behind meanwhile."""
-    told = time.monotonic()
-    while len(done := journal.finished(output)) < count:
-        if time.monotonic() - told > _WAIT_NOTICE_SECONDS:
-            told = time.monotonic()
-            behind = sorted({index % hosts for index in range(count) if index not in done})
-            log.note(f"waiting for {count - len(done):,} records of hosts "
-                     f"{', '.join(map(str, behind))}")
+    told, tally = time.monotonic(), journal.Tally(output)
+    while True:
+        late = time.monotonic() - told > _WAIT_NOTICE_SECONDS
+        if tally.count() >= count or late:
+            done = journal.finished(output)
+            if len(done) == count:
+                return
+            if late:
+                told = time.monotonic()
+                behind = sorted({index % hosts for index in range(count) if index not in done})
+                log.note(f"waiting for {count - len(done):,} records of hosts "
+                         f"{', '.join(map(str, behind))}")
         time.sleep(0.5)
 
 

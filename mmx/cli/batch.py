@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mmx.batch import records
 from mmx.batch.run import run_batch
+from mmx.cli.hosts import HostSettings, joined
 from mmx.cli.settings import setting
 from mmx.cli.shared import (
     EngineSettings,
@@ -27,18 +28,19 @@ mmx batch --gin_file=configs/run/batch.gin --input=in.jsonl --output=out.jsonl
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchSettings(EngineSettings, SamplingSettings, ModelSettings):
+class BatchSettings(HostSettings, EngineSettings, SamplingSettings, ModelSettings):
     input: str | None = setting(None, "JSON Lines file of records.", group="Input", value="FILE")
     output: str | None = setting(
         None, "File of answers, in the order of the input. It appears when all are there; until "
-        "then OUTPUT.partial-0 holds those that are.", group="Output", value="FILE")
+        "then OUTPUT.partial-0 holds those that are, and one more file for each other process.",
+        group="Output", value="FILE")
     restart: bool = setting(False, "Discard what an earlier run left, the output too.",
                             group="Output")
     json: bool = setting(False, "Tell the summary as one JSON object on stdout.", group="Output")
     slots: int = setting(8, "Records that are answered together.", group="Engine", low=1)
     host: int | None = setting(
-        None, "This process, of --hosts that share a file system; jax.distributed's unless given.",
-        group="Hosts", low=0)
+        None, "This process, of --hosts that share a file system and nothing else; in place of "
+        "--distributed.", group="Hosts", low=0)
     hosts: int | None = setting(None, "Processes that share the records; host 0 merges.",
                                 group="Hosts", low=1)
 
@@ -70,25 +72,28 @@ def run(call) -> None:
         raise UserError("--input and --output are the same file.",
                         "A batch reads one file and writes another.", "Name another --output.")
     enable_compilation_cache(settings.compilation_cache)
-    host, hosts = settings.host, settings.hosts
-    if host is None:
-        import jax
+    with joined("off" if settings.host is not None else settings.distributed) as pod:
+        host, hosts = settings.host, settings.hosts
+        if host is None:
+            host, hosts = pod.index, pod.count
+        else:
+            log.set_process(host)
+        call.announce()
+        summary = run_batch(
+            lambda: Answers(settings), Path(settings.input), Path(settings.output),
+            sampling=sampling_params(settings), restart=settings.restart, host=host, hosts=hosts,
+            barrier=pod.barrier if pod.count > 1 else None,
+            settings={name: getattr(settings, name) for name in _DETERMINING})
+        if host == 0:
+            call.save(settings.output + ".config.gin")
+        _tell(settings, summary, pod.is_main)
 
-        host, hosts = jax.process_index(), jax.process_count()
-    log.set_process(host)
-    call.announce()
-    summary = run_batch(
-        lambda: Answers(settings), Path(settings.input), Path(settings.output),
-        sampling=sampling_params(settings), restart=settings.restart, host=host, hosts=hosts,
-        settings={name: getattr(settings, name) for name in _DETERMINING})
-    if host == 0:
-        call.save(settings.output + ".config.gin")
-    _tell(settings, summary)
 
-
-def _tell(settings: BatchSettings, summary) -> None:
+def _tell(settings: BatchSettings, summary, is_main: bool) -> None:
     from mmx.obs import memory
 
+    if not is_main:
+        return
     if settings.json:
         print(json.dumps({
             **dataclasses.asdict(summary), "tokens_per_s": round(summary.tokens_per_s, 2),

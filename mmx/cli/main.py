@@ -64,23 +64,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code
-    except UserError as error:
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        sys.stderr.write("\n")
-        return INTERRUPTED
-    except BrokenPipeError:
-        _swallow_stdout()
-        return BROKEN_PIPE
-    except OSError as error:
-        name = f"{error.filename!r}: " if error.filename else ""
-        return _fail(f"{name}{error.strerror or error}.")
-    except MemoryError:
-        return _fail(_OUT_OF_MEMORY)
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except BaseException as error:
+        code, sentence = worded(error)
+        if code == INTERRUPTED:
+            sys.stderr.write("\n")
+        elif code == BROKEN_PIPE:
+            _swallow_stdout()
+        elif sentence is None:
             raise
-        return _fail(f"{_OUT_OF_MEMORY} The device says: {str(error).splitlines()[0][:200]}.")
+        else:
+            sys.stderr.write(f"mmx: {sentence}\n")
+        return code
+
+
+def worded(error: BaseException) -> tuple[int, str | None]:
+    """Returns the exit code of a failure and its sentence; None where there is no good one."""
+    if isinstance(error, UserError):
+        return UserError.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, None
+    if isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE, None
+    if isinstance(error, OSError):
+        name = f"{error.filename!r}: " if error.filename else ""
+        return UserError.exit_code, f"{name}{error.strerror or error}."
+    if isinstance(error, MemoryError):
+        return UserError.exit_code, _OUT_OF_MEMORY
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        return UserError.exit_code, (
+            f"{_OUT_OF_MEMORY} The device says: {str(error).splitlines()[0][:200]}.")
+    return 1, None
 
 
 _OUT_OF_MEMORY = ("The memory of this machine is used up. Weights, cache and activations must fit "
@@ -133,11 +146,6 @@ def _parse(verb: str, module, argv: list[str]) -> Call:
                                   tuple(getattr(module, "CONFIGURABLES", ())))
     check(settings)
     return Call(verb, settings, bindings.operative())
-
-
-def _fail(sentence: str) -> int:
-    sys.stderr.write(f"mmx: {sentence}\n")
-    return UserError.exit_code
 
 
 def _swallow_stdout() -> None:

@@ -7,6 +7,7 @@ from mmx import lm as models
 from mmx.batch.answers import token_logprobs, usage
 from mmx.checkpoint import locate
 from mmx.engine.request import Request, Result, SamplingParams
+from mmx.errors import UserError
 from mmx.obs import log, memory
 from mmx.obs.progress import Progress
 from mmx.text import chat, functions, load_tokenizer
@@ -77,10 +78,29 @@ def load(settings) -> models.LM:
     with Progress(None, "parameters", title="load") as bar:
         lm = models.load(
             settings.model, dtype=settings.dtype, quantize=settings.quantize,
-            mesh=settings.mesh, max_host_bytes=settings.max_host_bytes,
+            mesh=_local_mesh(settings.mesh), max_host_bytes=settings.max_host_bytes,
             random_weights=settings.random_weights,
             seed=settings.seed, progress=bar.reach)
     if lm.tokenizer is None:
         # A preset on random weights: any tokenizer will do, what comes out means nothing.
         lm.tokenizer = load_tokenizer(locate("nano"))
     return lm
+
+
+def _local_mesh(text: str | None):
+    """The mesh within this process: each of several processes holds the whole model."""
+    import jax
+
+    if text is None or jax.process_count() == 1:
+        return text
+    import numpy as np
+
+    from mmx.sharding.mesh import parse_mesh
+
+    mesh, devices = parse_mesh(text), jax.local_devices()
+    if mesh.size > len(devices):
+        raise UserError(f"The mesh '{text}' needs {mesh.size} devices.",
+                        f"This process has {len(devices)}, and holds the whole model.",
+                        "Lower its sizes, or start fewer processes with more devices each.")
+    grid = np.asarray(devices[:mesh.size]).reshape(mesh.devices.shape)
+    return jax.sharding.Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from mmx.cli.hosts import HostSettings, joined
 from mmx.cli.settings import setting
 from mmx.data.pipeline import SourceConfig
 from mmx.train.config import DTYPES, EXPORTS, EvalConfig, OptimizerConfig, TrainConfig
@@ -20,7 +21,7 @@ def _of(name: str, help: str, **rules):
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(HostSettings):
     model: str = _of("model", "Preset, or directory with a config.json.", group="Model")
     tokenizer: str = setting("", "Directory of the tokenizer; empty: the model's.", group="Model")
     init_from: str = _of("init_from", "Checkpoint whose weights to start from.", group="Model")
@@ -63,8 +64,12 @@ class Settings:
 
 def run(call) -> int:
     """Trains; 0 when finished or out of its minutes, 143 when a signal ended it after saving."""
-    settings = call.settings
-    config = train_config(settings)
+    config = train_config(call.settings)
+    with joined(call.settings.distributed) as pod:
+        return _train(call, config, pod.is_main)
+
+
+def _train(call, config: TrainConfig, is_main: bool) -> int:
     from pathlib import Path
 
     from mmx.text import load_tokenizer
@@ -73,8 +78,9 @@ def run(call) -> int:
     model_config = load_config(config.model)
     tokenizer = load_tokenizer(config.tokenizer)
     call.announce()
-    Path(config.run).mkdir(parents=True, exist_ok=True)
-    call.save(Path(config.run) / "config.gin")
+    if is_main:
+        Path(config.run).mkdir(parents=True, exist_ok=True)
+        call.save(Path(config.run) / "config.gin")
     return 143 if train(config, model_config, tokenizer).why == TERMINATED else 0
 
 

@@ -3,12 +3,17 @@
 import sys
 
 _process_index = 0
+_prefix = ""
 
 
-def set_process(index: int) -> None:
-    """Tells which process this is; distributed start-up calls it. Only process 0 speaks."""
-    global _process_index
-    _process_index = index
+def set_process(index: int, prefix: str = "") -> None:
+    """Tells which process this is: only process 0 speaks. `prefix` stands before what all say."""
+    global _process_index, _prefix
+    _process_index, _prefix = index, prefix
+
+
+def prefix() -> str:
+    return _prefix
 
 
 def is_speaker() -> bool:
@@ -23,7 +28,12 @@ def note(text: str) -> None:
 
 def warn(text: str) -> None:
     """Writes a line to stderr on every process: a record or a file at fault is known to one."""
-    write(f"warning: {text}")
+    write(f"{_prefix}warning: {text}")
+
+
+def fail(text: str) -> None:
+    """Writes the sentence that a run ends with, on every process."""
+    write(f"mmx: {_prefix}{text}")
 
 
 def write(text: str) -> None:

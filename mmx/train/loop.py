@@ -20,6 +20,7 @@ from mmx.data import pipeline
 from mmx.data.sources import open_cache
 from mmx.errors import UserError
 from mmx.obs import log
+from mmx.sharding import distributed
 from mmx.train import saving
 from mmx.train import step as steps
 from mmx.train.config import EvalConfig, TrainConfig
@@ -72,9 +73,14 @@ class _Run:
         self.mesh = steps.data_mesh()
         self._check_devices()
         self.optimizer = make_optimizer(config.optimizer)
+        pod = distributed.current()
+        if not pod.is_main:
+            pod.barrier("tokens")  # process 0 tokenises, the others find it done
         self.plan = self._plan(config.sources, config.seq_len)
         self.eval_plans = [self._plan([each.source], each.seq_len or config.seq_len, shuffle=False)
                            for each in config.evals]
+        if pod.is_main:
+            pod.barrier("tokens")
         aux_coef = (config.aux_coef if config.aux_coef >= 0
                     else model_config.router_aux_loss_coef)
         self.how = steps.StepConfig(config.dtype, config.accumulate, aux_coef, config.z_coef,
