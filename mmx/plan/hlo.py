@@ -1,7 +1,8 @@
 """What a compiled program sends, computes and moves, read from its own text.
 
 Bodies of loops are counted as often as they run, nested ones too; of a conditional's branches the
-heaviest counts. A loop whose count is not in the text counts once and is named by `open_loops`.
+heaviest counts. A loop whose bounds depend on data counts as often as pieces of what it cuts up
+fit (see `open_loops`): for a loop over the blocks of a cache, as if the cache were full.
 """
 
 import collections
@@ -204,11 +205,12 @@ def bytes_accessed(text: str) -> float:
     return float(total["bytes"])
 
 
-def open_loops(text: str) -> list[str]:
-    """Names of loops whose count the text does not tell; everything in them counted once."""
+def open_loops(text: str) -> dict[str, int]:
+    """Names of loops whose count the text does not tell, and the most it can be, which is taken."""
     module = hlo_text.parse(text)
-    return [line.name for place in module.computations.values() for line in place.lines
-            if line.op == "while" and hlo_text.trip_count(module, place, line) is None]
+    return {line.name: hlo_text.trips(module, place, line)
+            for place in module.computations.values() for line in place.lines
+            if line.op == "while" and hlo_text.trip_count(module, place, line) is None}
 
 
 def _total(module: Module, own: Callable[[Computation, Instruction], collections.Counter],
@@ -227,8 +229,7 @@ def _total(module: Module, own: Callable[[Computation, Instruction], collections
                 inner = max((of(called) for called in line.called), key=weight)
                 times = 1
                 if line.op == "while":
-                    count = hlo_text.trip_count(module, place, line)
-                    times = 1 if count is None else count
+                    times = hlo_text.trips(module, place, line)
                 for key, value in inner.items():
                     total[key] += value * times
             known[name] = total

@@ -109,6 +109,7 @@ class Module:
     tiled: bool
 
 
+@functools.lru_cache(maxsize=2)
 def parse(text: str) -> Module:
     """Reads `compiled.as_text()`. Raises ValueError where it holds no entry computation."""
     computations: dict[str, Computation] = {}
@@ -224,6 +225,30 @@ def trip_count(module: Module, place: Computation, loop: Instruction) -> int | N
     if direction in ("LE", "GE"):
         distance += 1 if step > 0 else -1
     return max(0, math.ceil(distance / step))
+
+
+def trips(module: Module, place: Computation, loop: Instruction) -> int:
+    """`trip_count`, and where the data decide it the most that it can sensibly be.
+
+    That is as many pieces as fit into the longest side that its body cuts into pieces (all blocks
+    of a cache, say), and 1 where it cuts none.
+    """
+    known = trip_count(module, place, loop)
+    if known is not None:
+        return known
+    return max(_pieces(module, module.computations[loop.called[0]]), default=1)
+
+
+def _pieces(module: Module, place: Computation) -> list[int]:
+    found = []
+    for line in place.lines:
+        if line.op == "dynamic-slice":
+            whole = place.operand_leaves(line)[0][0].dims
+            found += [size // max(1, piece)
+                      for size, piece in zip(whole, line.leaves[0].dims, strict=True)]
+        elif line.op == "fusion":
+            found += _pieces(module, module.computations[line.called[0]])
+    return found
 
 
 def _constant(place: Computation, name: str) -> int | None:

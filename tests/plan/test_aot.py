@@ -53,7 +53,7 @@ def check(found, most):
         "collective-permute tensor": [LAYERS, shard]}
     products = 2 * 4 * WIDTH // tensor + WIDTH
     assert found["flops"] == LAYERS * 2 * rows * WIDTH * products
-    assert found["open"] == []
+    assert found["open"] == {}
     weights = LAYERS * WIDTH * (2 * 4 * WIDTH // tensor + WIDTH // expert) * 2
     assert weights + shard <= found["argument_bytes"] <= 1.02 * (weights + shard)
     # A TPU may keep all that is temporary on the chip.

@@ -192,7 +192,7 @@ def test_loops_multiply_and_nest():
         %y = f32[64]{0} get-tuple-element(%w), index=1""", LOOP)
     counts = {one.axes: one.count for one in found(text)}
     assert counts == {("data",): 5, ("tensor",): 5 * 3}
-    assert hlo.open_loops(text) == []
+    assert hlo.open_loops(text) == {}
 
 
 def test_a_known_count_goes_before_all():
@@ -205,22 +205,47 @@ backend_config={"known_trip_count":{"n":"11"},"known_init_step":{"init":"0","ste
     assert [one.count for one in found(text)] == [11]
 
 
-def test_a_loop_without_a_count_is_named():
-    open_condition = """%until (c: (s32[], f32[64])) -> pred[] {
-  %c = (s32[], f32[64]{0}) parameter(0)
-  %x = f32[64]{0} get-tuple-element(%c), index=1
-  %m = f32[] reduce(%x, %x), dimensions={0}, to_apply=%add
-  %one = f32[] constant(1)
-  ROOT %lt = pred[] compare(%m, %one), direction=LT
+UNTIL = """%until (c: (s32[], f32[64], s32[])) -> pred[] {
+  %c = (s32[], f32[64]{0}, s32[]) parameter(0)
+  %n = s32[] get-tuple-element(%c), index=0
+  %l = s32[] get-tuple-element(%c), index=2
+  ROOT %lt = pred[] compare(%n, %l), direction=LT
+}
+
+%piece (x: f32[64], n: s32[]) -> f32[16] {
+  %x = f32[64]{0} parameter(0)
+  %n = s32[] parameter(1)
+  ROOT %s = f32[16]{0} dynamic-slice(%x, %n), dynamic_slice_sizes={16}
+}
+
+%blocks (b: (s32[], f32[64], s32[])) -> (s32[], f32[64], s32[]) {
+  %b = (s32[], f32[64]{0}, s32[]) parameter(0)
+  %n = s32[] get-tuple-element(%b), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%n, %one)
+  %x = f32[64]{0} get-tuple-element(%b), index=1
+  %s = f32[16]{0} fusion(%x, %n), kind=kLoop, calls=%piece
+  %r = f32[16]{0} all-reduce(%s), replica_groups=[4,4]<=[16], to_apply=%add
+  %l = s32[] get-tuple-element(%b), index=2
+  ROOT %t = (s32[], f32[64]{0}, s32[]) tuple(%next, %x, %l)
 }
 """
-    text = program("""%p = f32[64]{0} parameter(0)
-        %z = s32[] constant(0)
-        %in = (s32[], f32[64]{0}) tuple(%z, %p)
-        %search = (s32[], f32[64]{0}) while(%in), condition=%until, body=%inner_body
-        %y = f32[64]{0} get-tuple-element(%search), index=1""", LOOP + open_condition)
-    assert hlo.open_loops(text) == ["search"]
-    assert [one.count for one in found(text)] == [1]
+
+
+def test_a_loop_whose_bounds_are_data_is_named_and_counts_its_pieces():
+    """Blocks of 16 out of 64, up to a limit that is an argument: four at most."""
+    def text(body):
+        return program(f"""%p = f32[64]{{0}} parameter(0)
+            %limit = s32[] parameter(1)
+            %z = s32[] constant(0)
+            %in = (s32[], f32[64]{{0}}, s32[]) tuple(%z, %p, %limit)
+            %search = (s32[], f32[64]{{0}}, s32[]) while(%in), condition=%until, body={body}
+            %y = f32[64]{{0}} get-tuple-element(%search), index=1""", UNTIL)
+
+    assert hlo.open_loops(text("%blocks")) == {"search": 4}
+    assert [(one.count, one.bytes) for one in found(text("%blocks"))] == [(4, 64)]
+    whole = text("%blocks").replace("fusion(%x, %n), kind=kLoop, calls=%piece", "slice(%x)")
+    assert hlo.open_loops(whole) == {"search": 1}
 
 
 # A TPU overlaps one gather with two products: the same line stands in three fusions.
