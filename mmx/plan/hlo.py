@@ -7,15 +7,14 @@ fit (see `open_loops`): for a loop over the blocks of a cache, as if the cache w
 
 import collections
 import dataclasses
-import json
 import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from mmx.plan import hlo_bytes, hlo_text
-from mmx.plan.hlo_text import Computation, Instruction, Module
+from mmx.plan import hlo_bytes, hlo_flops, hlo_text
+from mmx.plan.hlo_text import Computation, Instruction, Module, numbers
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all",
          "collective-permute", "collective-broadcast")
@@ -131,21 +130,17 @@ def replica_groups(attributes: str, total: int) -> np.ndarray:
         return np.array([[int(number) for number in group.split(",")] for group in
                          re.findall(r"\{([\d,]+)\}", text[:text.index("}}") + 1])])
     if iota := re.match(r"(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
-        return _iota(iota[2]).reshape(_numbers(iota[1]))
+        return _iota(iota[2]).reshape(numbers(iota[1]))
     if named := re.match(r"mesh\[([^\]]*)\](.*?)\{([^}]*)\}", text):
         return _named(named[1], named[2], named[3])
     raise ValueError(f"Unknown form of replica groups: {text[:80]}")
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", text)]
-
-
 def _iota(text: str) -> np.ndarray:
     """Devices in the order `[4,2]T(1,0)`: counted over the sizes, then transposed; flat."""
     sizes, _, order = text.partition("T")
-    grid = np.arange(np.prod(_numbers(sizes))).reshape(_numbers(sizes))
-    return (grid.transpose(_numbers(order)) if order else grid).reshape(-1)
+    grid = np.arange(np.prod(numbers(sizes))).reshape(numbers(sizes))
+    return (grid.transpose(numbers(order)) if order else grid).reshape(-1)
 
 
 def _named(sizes: str, order: str, wanted: str) -> np.ndarray:
@@ -171,7 +166,7 @@ def _named(sizes: str, order: str, wanted: str) -> np.ndarray:
         listed = re.search(r"device_ids=\(([^a-z]*)\)", order)
         if listed is None:
             raise ValueError(f"Unknown order of devices: {order[:80]}")
-        ids = _iota(listed[1]) if listed[1].startswith("[") else np.array(_numbers(listed[1]))
+        ids = _iota(listed[1]) if listed[1].startswith("[") else np.array(numbers(listed[1]))
     others = [dim for dim in range(len(dims)) if dim not in keep]
     grid = ids.reshape(dims or [1]).transpose(others + keep) if dims else ids.reshape(1, 1)
     return grid.reshape(-1, int(np.prod([dims[dim] for dim in keep])))
@@ -189,7 +184,7 @@ def dots(text: str) -> float:
 def dots_by_type(text: str) -> dict[str, float]:
     """`dots`, apart by the element type of the first operand ("kernel" for Pallas kernels)."""
     module = hlo_text.parse(text)
-    return dict(_total(module, _flops, lambda counts: sum(counts.values())))
+    return dict(_total(module, hlo_flops.counted, lambda counts: sum(counts.values())))
 
 
 def bytes_accessed(text: str) -> float:
@@ -203,6 +198,23 @@ def bytes_accessed(text: str) -> float:
     total = _total(module, lambda place, line: collections.Counter(
         bytes=hlo_bytes.moved(module, place, line)), lambda counts: counts["bytes"], fused=False)
     return float(total["bytes"])
+
+
+def heaviest(text: str, count: int = 10) -> list[tuple[float, str]]:
+    """Returns the `count` lines that move the most bytes in one run: bytes, and what they are.
+
+    For the question why a step reads more than its weights: a copy of a whole stack in a loop, say.
+    """
+    module = hlo_text.parse(text)
+    total = _total(module, lambda place, line: collections.Counter(
+        {(place.name, line.name): hlo_bytes.moved(module, place, line)}),
+        lambda counts: sum(counts.values()), fused=False)
+    told = []
+    for (place, name), size in total.most_common(count):
+        line = module.computations[place].by_name[name]
+        shape = ", ".join(f"{leaf.dtype}{list(leaf.dims)}" for leaf in line.leaves[:2])
+        told.append((float(size), f"{line.op} -> {shape} in {place} ({line.source or name})"))
+    return told
 
 
 def open_loops(text: str) -> dict[str, int]:
@@ -236,57 +248,3 @@ def _total(module: Module, own: Callable[[Computation, Instruction], collections
         return known[name]
 
     return of(module.entry)
-
-
-def _flops(place: Computation, line: Instruction) -> collections.Counter:
-    counts: collections.Counter = collections.Counter()
-    if line.op not in ("dot", "convolution", "custom-call"):
-        return counts
-    operands = place.operand_leaves(line)
-    out = float(np.prod(line.leaves[0].dims, dtype=float)) if line.leaves else 0.0
-    if line.op == "dot":
-        over = _numbers(line.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or "")
-        lhs = operands[0][0]
-        counts[lhs.dtype] += 2 * out * float(np.prod([lhs.dims[dim] for dim in over]))
-    elif line.op == "convolution":
-        counts[operands[0][0].dtype] += _convolution(line, operands[0][0].dims,
-                                                     operands[1][0].dims)
-    elif line.target.startswith(("__cublas$", "__cublas_lt")):
-        over = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', line.attributes)
-        lhs = operands[0][0]
-        counts[lhs.dtype] += 2 * out * float(np.prod(
-            [lhs.dims[dim] for dim in _numbers(over[1])] if over else 1))
-    elif estimate := cost_estimate(line):
-        counts["kernel"] += float(estimate.get("flops", 0))
-    return counts
-
-
-def cost_estimate(line: Instruction) -> dict[str, Any]:
-    """What the author of a Pallas kernel says that it costs."""
-    found = line.attribute(r'"cost_estimate":(\{[^{}]*\})')
-    return json.loads(found) if found else {}
-
-
-def _convolution(line: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> float:
-    """Operations of a convolution; positions that fall on padding or dilation do nothing.
-
-    TPUs write matrix products so, batched ones with the batch as a dilated window.
-    """
-    left, right, out = re.match(r"(\w+)_(\w+)->(\w+)",
-                                line.attribute(r"dim_labels=([\w>\-]+)")).groups()
-    window = {key: value.split("x") for key, value in re.findall(
-        r"(\w+)=([\d_x\-]+)", line.attribute(r"window=\{([^}]*)\}") or "")}
-    result = 2.0 * line.leaves[0].dims[out.index("b")] * line.leaves[0].dims[out.index("f")]
-    result *= rhs[right.index("i")]
-    for dim in range(sum(label.isdigit() for label in out)):
-        def setting(name: str, default: str, dim: int = dim) -> str:
-            return window.get(name, [])[dim] if dim < len(window.get(name, [])) else default
-
-        low = int(setting("pad", "0_0").split("_")[0])
-        stride, dilate = int(setting("stride", "1")), int(setting("lhs_dilate", "1"))
-        spread = int(setting("rhs_dilate", "1"))
-        size, kernel = lhs[left.index(str(dim))], rhs[right.index(str(dim))]
-        outputs = line.leaves[0].dims[out.index(str(dim))]
-        at = np.arange(outputs)[:, None] * stride - low + np.arange(kernel)[None] * spread
-        result *= int(((at >= 0) & (at <= (size - 1) * dilate) & (at % dilate == 0)).sum())
-    return result / int(line.attribute(r"batch_group_count=(\d+)") or 1)

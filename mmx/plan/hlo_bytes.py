@@ -92,7 +92,7 @@ def _used(module: Module, inside: Computation, name: str, depth: int = 0) -> flo
             continue
         elif "chain_id=" in user.attributes:
             continue  # a collective under way; its start counts
-        elif user.op in _SEE_THROUGH and depth < 8:
+        elif depth < 8 and (user.op in _SEE_THROUGH or _only_hands_on(module, user, index)):
             scale = whole / max(1.0, sum(leaf.bytes for leaf in user.leaves))
             total += scale * (_used(module, inside, user.name, depth + 1) if not user.root
                               else sum(leaf.bytes for leaf in user.leaves))
@@ -103,6 +103,17 @@ def _used(module: Module, inside: Computation, name: str, depth: int = 0) -> flo
         else:
             return whole
     return min(total, whole)
+
+
+def _only_hands_on(module: Module, line: Instruction, index: int) -> bool:
+    """Whether a fusion within a fusion is nothing but its operand seen in another layout."""
+    if line.op != "fusion" or len(line.operands) != 1:
+        return False
+    inner = module.computations[line.called[0]]
+    source = inner.root
+    while source.op in _SEE_THROUGH and source.operands[0] in inner.by_name:
+        source = inner.by_name[source.operands[0]]
+    return source.op == "parameter" and int(source.literal) == index
 
 
 def _produced(module: Module, inside: Computation, source: Instruction, leaf: Leaf) -> float:

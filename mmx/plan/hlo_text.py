@@ -41,6 +41,7 @@ class Instruction:
     literal: str             # the text between the parentheses
     attributes: str
     root: bool
+    source: str = ""         # the operation of the traced program that it stems from
 
     def attribute(self, pattern: str) -> str | None:
         match = re.search(pattern, self.attributes)
@@ -138,8 +139,15 @@ def _instruction(name: str, rest: str, root: bool) -> Instruction:
     # A constant's value may hold anything; names of operands stand after a percent sign.
     operands = () if rest.startswith("constant(") else tuple(
         re.findall(r"%([\w.\-]+)", literal) or _bare(literal))
-    attributes = re.sub(r"metadata=\{[^}]*\}", "", rest[close + 1:])
-    return Instruction(name, rest[:start], leaves_of(shape), operands, literal, attributes, root)
+    attributes, source = rest[close + 1:], re.search(r'op_name="([^"]*)"', rest[close + 1:])
+    attributes = re.sub(r"metadata=\{[^}]*\}", "", attributes)
+    return Instruction(name, rest[:start], leaves_of(shape), operands, literal, attributes, root,
+                       source[1] if source else "")
+
+
+def numbers(text: str) -> list[int]:
+    """All whole numbers in a text."""
+    return [int(number) for number in re.findall(r"\d+", text)]
 
 
 def _bare(literal: str) -> list[str]:

@@ -379,6 +379,19 @@ SLICED = """%take (w: bf16[5,64,32], i: s32[], x: bf16[8,64]) -> bf16[8,32] {
   ROOT %d = bf16[8,32]{1,0} dot(%x, %v), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
 
+%as_seen (w: bf16[5,64,32]) -> bf16[5,64,32] {
+  %w = bf16[5,64,32]{2,1,0} parameter(0)
+  ROOT %c = bf16[5,64,32]{2,0,1} copy(%w)
+}
+
+%take_seen (w: bf16[5,64,32], i: s32[]) -> bf16[1,64,32] {
+  %w = bf16[5,64,32]{2,1,0} parameter(0)
+  %v = bf16[5,64,32]{2,0,1} fusion(%w), kind=kLoop, calls=%as_seen
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  ROOT %s = bf16[1,64,32]{2,1,0} dynamic-slice(%v, %i, %z, %z), dynamic_slice_sizes={1,64,32}
+}
+
 %put (w: bf16[5,64,32], u: bf16[64,32], i: s32[]) -> bf16[5,64,32] {
   %w = bf16[5,64,32]{2,1,0} parameter(0)
   %u = bf16[64,32]{1,0} parameter(1)
@@ -403,6 +416,10 @@ def test_bytes_of_slices_not_of_what_is_sliced():
         %i = s32[] parameter(2)
         %f = bf16[5,64,32]{2,1,0} fusion(%w, %u, %i), kind=kLoop, calls=%put""", SLICED) == \
         2 * one + 4
+    assert moved("""%w = bf16[5,64,32]{2,1,0} parameter(0)
+        %i = s32[] parameter(1)
+        %f = bf16[1,64,32]{2,1,0} fusion(%w, %i), kind=kLoop, calls=%take_seen""", SLICED) == \
+        2 * one + 4
 
 
 def test_bytes_of_a_tpus_on_chip_memory_do_not_count():
@@ -414,6 +431,20 @@ def test_bytes_of_a_tpus_on_chip_memory_do_not_count():
     assert moved(lines) == 2 * 1024
     # On a GPU the same number names ordinary memory: read and written by each of three lines.
     assert moved(lines.replace(":T(256)", ":").replace("{0:}", "{0}")) == 6 * 1024
+
+
+def test_the_heaviest_lines_come_first():
+    text = program("""%p = f32[64]{0} parameter(0)
+        %z = s32[] constant(0)
+        %in = (s32[], f32[64]{0}) tuple(%z, %p)
+        %w = (s32[], f32[64]{0}) while(%in), condition=%inner_condition, body=%inner_body
+        %y = f32[64]{0} get-tuple-element(%w), index=1
+        %c = f32[64]{0} copy(%y), metadata={op_name="jit(f)/cut" stack_frame_id=1}""", LOOP)
+    (first, told), (second, named) = hlo.heaviest(text, 2)
+    assert (first, second) == (2 * 2 * 256, 2 * 256)  # from 0 to 3 by 2: twice
+    assert told == "all-reduce -> f32[64] in inner_body (r)"
+    assert named == "copy -> f32[64] in main (jit(f)/cut)"
+    assert sum(size for size, _ in hlo.heaviest(text, 99)) == hlo.bytes_accessed(text)
 
 
 def test_sizes_of_element_types():
