@@ -1,15 +1,19 @@
 """Meshes over pods: what is refused before any compiler is asked, and what a missing one says."""
 
+import configparser
 import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mmx.errors import UserError
 from mmx.plan import topology
 from mmx.plan.pods import parse_pod
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def test_axes_come_in_their_order():
@@ -48,6 +52,14 @@ def test_a_missing_compiler_names_its_extra(monkeypatch, pod, extra):
     with pytest.raises(UserError) as refusal:
         topology.devices(parse_pod(pod))
     assert f"pip install 'mmx[{extra}]'" in str(refusal.value)
+
+
+def test_what_the_compiler_is_told_of_a_gpu_is_packaged():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert "plan/*.textproto" in setup["options.package_data"]["mmx"]
+    assert {"plan-tpu", "plan-gpu"} <= set(setup["options.extras_require"])
+    assert "NVIDIA H200" in (ROOT / "mmx" / "plan" / "h200.textproto").read_text()
 
 
 def test_the_environment_can_be_set_first():
