@@ -24,6 +24,9 @@ TABLE = {
     "model_state": {"float32": ("norm", 5e-6), "bfloat16": ("norm", 1.5e-2)},
     # The same model on the same weights, another split into chunks, batches or devices.
     "split": {"float32": ("peak", 1e-4), "bfloat16": ("peak", 5e-2)},
+    # Weights and moments after tens of updates, gradients summed over other devices: Adam divides
+    # by the size of a gradient, so that the smallest ones carry the rounding of the sum.
+    "training": {"float32": ("peak", 1e-3)},
     # Log probabilities and sampling scores against float64 arithmetic on the same logits.
     "sampling": {"float32": ("peak", 1e-5)},
     # Published constants given to about nine digits, computed in float32.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from mmx.sharding.link import LINGER_SECONDS, Peer, readable
 
-_BEAT_SECONDS = 1.0
+_BEAT_SECONDS = 1.0  # or less, so that several fall into a silence
 
 
 class Watch:
@@ -72,6 +72,7 @@ class Watch:
 
     def _run(self) -> None:
         beat = now = time.monotonic()
+        between = min(_BEAT_SECONDS, self._silence / 8)
         while not self._closing:
             for peer in readable(self.peers.values(), beat - time.monotonic()):
                 self._read(peer)
@@ -81,7 +82,7 @@ class Watch:
                 for peer in self.peers.values():
                     peer.heard = now
             if now >= beat:
-                beat = now + _BEAT_SECONDS
+                beat = now + between
                 for process, peer in self.peers.items():
                     if process not in self._left:
                         peer.send({})

@@ -140,7 +140,7 @@ class _Run:
         specs = model.param_specs(self.model_config, "float32")
         make = partial(steps.init_state, optimizer=self.optimizer)
         abstract = jax.eval_shape(make, {path: spec.abstract for path, spec in specs.items()})
-        newest = saving.latest(self.run)
+        newest = self._agreed(saving.latest(self.run))
         if newest is not None:
             abstract = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), abstract)
@@ -158,6 +158,16 @@ class _Run:
             params = model.init_params(self.model_config, jax.random.key(self.config.seed),
                                        "float32", shardings)
         return jax.jit(make, out_shardings=everywhere)(params), 0
+
+    def _agreed(self, step: int | None) -> int | None:
+        """Process 0's answer: a shared file system may show the others an older listing."""
+        if jax.process_count() == 1:
+            return step
+        from jax.experimental import multihost_utils
+
+        first = int(multihost_utils.broadcast_one_to_all(
+            np.int32(-1 if step is None else step)))
+        return None if first < 0 else first
 
     def _check_same_shapes(self, found, specs):
         theirs = model.param_specs(found, "float32")
