@@ -78,7 +78,6 @@ class Pod:
         if self._watch:
             import jax
 
-            self.barrier("finish")
             self._watch.close()
             self._watch, _pod = None, None
             ctypes.CDLL(None).signal(signal.SIGABRT, None)
@@ -137,7 +136,7 @@ def start(mode: str = AUTO, *, timeout_s: float | None = None,
             place.coordinator, place.processes, place.process, place.devices,
             cluster_detection_method="deactivate", initialization_timeout=int(max(timeout_s, 60)),
             # jax ends a process without a name for the lost one: it comes second.
-            heartbeat_timeout_seconds=int(max(100, 3 * silence_s)))
+            heartbeat_timeout_seconds=int(max(100, 3 * silence_s)), shutdown_timeout_seconds=60)
     except BaseException as error:
         watch.fail(str(error))
         raise

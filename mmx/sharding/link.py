@@ -3,7 +3,7 @@
 It is made on the coordinator's own port before jax binds that port, so no other has to be open
 between hosts. One JSON object per line:
 
-    to process 0   hello: process, processes, host · {} (alive) · at: name · fail: sentence · bye
+    to process 0   hello: process, processes, host · {} (alive) · at: name · fail: sentence
     from it        hosts: [names] · {} (alive) · go: name · end: sentence
 """
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from mmx.sharding.link import LINGER_SECONDS, Peer, readable
 
 _BEAT_SECONDS = 1.0  # or less, so that several fall into a silence
+_LAST = "last"  # the barrier after which nobody is watched
 
 
 class Watch:
@@ -52,10 +53,9 @@ class Watch:
             self._tell(said)
 
     def close(self) -> None:
-        """Stops watching; after a barrier, so that all do."""
-        self._closing = True
-        if self.index:
-            self.peers[0].send({"bye": True})
+        """Stops watching once all processes have come here."""
+        if not self._closing:
+            self.barrier(_LAST)
         self._thread.join(LINGER_SECONDS)
         for peer in self.peers.values():
             peer.sock.close()
@@ -101,8 +101,6 @@ class Watch:
                 self._arrive(message["at"], process)
             elif "go" in message:
                 self._release(message["go"])
-            elif "bye" in message:
-                self._left.add(process)
             elif "fail" in message:
                 self._over(message["fail"], process)
             elif "end" in message:
@@ -118,11 +116,13 @@ class Watch:
             if len(there) < len(self.hosts):
                 return
             del self._at[name]
+        self._closing |= name == _LAST
         for peer in self.peers.values():
             peer.send({"go": name})
         self._release(name)
 
     def _release(self, name: str) -> None:
+        self._closing |= name == _LAST  # from here on a closed connection is no loss
         with self._change:
             self._gone.add(name)
             self._change.notify_all()

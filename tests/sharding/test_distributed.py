@@ -185,6 +185,7 @@ def trio(port, monkeypatch):
         watches.append(watch.Watch(i, hosts, links, 1.5, told))
     yield watches, ends
     for one in watches:
+        one._closing = True
         one.close()
 
 
@@ -214,6 +215,16 @@ def test_a_barrier_waits_for_the_last(trio):
     assert sorted(passed) == [0, 1, 2]
     together(*(lambda i=i: watches[i].barrier("x") for i in range(3)))  # a name serves again
     assert not ends
+
+
+def test_all_leave_together_and_nobody_is_lost(trio):
+    watches, ends = trio
+    late = threading.Timer(0.5, watches[1].close)
+    late.start()
+    began = time.monotonic()
+    together(watches[0].close, watches[2].close)
+    late.join(5)
+    assert time.monotonic() - began > 0.4 and not ends
 
 
 @pytest.mark.parametrize("victim", [0, 2])
