@@ -5,6 +5,8 @@ if [ "${BASH_VERSINFO[0]}${BASH_VERSINFO[1]}" -lt 44 ]; then
   echo "${0##*/}: bash $BASH_VERSION is too old: 4.4 is the least. On macOS: brew install bash" >&2
   exit 2
 fi
+# A refusal inside $( ) ends the script too.
+shopt -s inherit_errexit
 DRY_RUN=
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -15,7 +17,7 @@ fail() {
 
 # The comment at the head of the script.
 usage() {
-  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+  awk 'NR > 1 { if (!/^#( |$)/) exit; sub(/^# ?/, ""); print }' "$0"
 }
 
 # quote WORD…: a line that the shell reads back as these words.

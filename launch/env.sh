@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Environment of mmx for one platform: XLA flags, memory, caches, each with its reason.
 #
-#   . launch/env.sh v6e                 sets it in this shell
-#   bash launch/env.sh v6e --dry-run    prints the exports and sets nothing
-#   bash launch/env.sh v6e --list       prints NAME=VALUE lines, as docker --env-file reads them
+#   . launch/env.sh v6e               # sets it in this shell
+#   bash launch/env.sh v6e --dry-run  # prints the exports and sets nothing
+#   bash launch/env.sh v6e --list     # prints NAME=VALUE lines, as docker --env-file reads them
 #
 # The platform is v5e, v5p, v6e, tpu7x, cuda or cpu. A variable that is set already is kept; your
 # XLA flags come after these, so that yours win. Also read:
@@ -68,6 +68,7 @@ _mmx_platform() {
       _mmx_flags LIBTPU_INIT_ARGS "${flags[@]}"
       ;;
     cuda)
+      # As above.
       _mmx_set JAX_PLATFORMS cuda,cpu
       # 134 of an H200's 140 GiB, what `mmx plan` reckons with; NCCL and cuBLAS need the rest.
       # The default, 0.75, leaves a quarter unused.
@@ -83,6 +84,7 @@ _mmx_platform() {
       _mmx_flags XLA_FLAGS "${flags[@]}"
       ;;
     cpu)
+      # Accelerators of this host are left alone.
       _mmx_set JAX_PLATFORMS cpu
       # Many simulated devices on few cores come late to a collective; 40 s would end the run.
       flags+=(--xla_cpu_collective_call_terminate_timeout_seconds=600)
@@ -111,7 +113,7 @@ _mmx_env() {
         _mmx_refuse "there is no flag '$word'. They are --dry-run, --list and --help."
         return
         ;;
-      *) platform=$word ;;
+      *) platform+=${platform:+ }$word ;;
     esac
   done
   if [ "$mode" = help ]; then

@@ -112,10 +112,14 @@ queued() {
   run gcloud compute tpus queued-resources "$verb" "$NAME" "${WHERE[@]}" "$@"
 }
 
+# gcloud knows the tunnel in its alpha commands alone.
+tpu_vm() {
+  run gcloud ${IAP:+alpha} compute tpus tpu-vm "$@" ${IAP:+--tunnel-through-iap}
+}
+
 # on WORKERS NODE SCRIPT: runs the lines of SCRIPT there.
 on() {
-  run gcloud compute tpus tpu-vm ssh "$2" "${WHERE[@]}" ${IAP:+--tunnel-through-iap} \
-    --worker="$1" --command="$3"
+  tpu_vm ssh "$2" "${WHERE[@]}" --worker="$1" --command="$3"
 }
 
 # All nodes at the same time: the processes of one job wait for each other.
@@ -211,8 +215,7 @@ install() {
     pack=$(if [ -n "$DRY_RUN" ]; then echo /tmp/mmx-source.tar.gz; else mktemp --suffix=.tar.gz; fi)
     run git -C "$HERE/.." archive --format=tar.gz --output="$pack" HEAD || return
     for node in "${NODES[@]}"; do
-      run gcloud compute tpus tpu-vm scp "$pack" "$node:mmx-source.tar.gz" "${WHERE[@]}" \
-        ${IAP:+--tunnel-through-iap} --worker=all || return
+      tpu_vm scp "$pack" "$node:mmx-source.tar.gz" "${WHERE[@]}" --worker=all || return
     done
     run rm -f "$pack"
   fi

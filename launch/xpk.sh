@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs one mmx command as an xpk workload, where a cluster was made by xpk.
 #
-#   bash launch/xpk.sh create --cluster=CLUSTER --zone=us-east5-b --name=mmx --type=v6e-32 \
+#   bash launch/xpk.sh create --cluster=tpus --zone=us-east5-b --name=mmx --type=v6e-32 \
 #     --image=REGISTRY/mmx:tpu --storage=shared -- train --gin_file=/mnt/mmx/run.gin --run=/mnt/mmx/run
 #
 # create    starts it
