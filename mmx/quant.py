@@ -22,7 +22,7 @@ _STEP = np.float32(1) / _MAX  # multiplied by, since compilers turn a constant d
 # Axes that a layer's product sums over, repeats counted as axis 0.
 _CONTRACTED = {
     "attn/qkv": (1,), "attn/gate": (1,), "attn/q": (1,), "attn/k": (1,), "attn/v": (1,),
-    "attn/out": (1, 2), "moe/gate_up": (2,), "moe/down": (2,),
+    "attn/out": (1, 2), "moe/gate_up": (3,), "moe/down": (2,),
 }
 
 

@@ -132,7 +132,7 @@ def params(config: ModelConfig, weights: dict[str, np.ndarray], dtype: str = "fl
         w1, w2, w3 = (np.stack([get(f"block_sparse_moe.experts.{e}.{name}").T
                                 for e in range(c.num_experts)]) for name in ("w1", "w2", "w3"))
         return leaves | {"attn/out": out.T.reshape(N, H, D), "moe/down": w2,
-                         "moe/gate_up": np.stack([w1, w3], axis=2)}
+                         "moe/gate_up": np.stack([w1, w3])}
 
     result = {"embed/weight": weights["model.embed_tokens.weight"],
               "norm/weight": weights["model.norm.weight"], "head/weight": weights["lm_head.weight"]}

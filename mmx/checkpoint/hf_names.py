@@ -63,7 +63,7 @@ BLOCK_KINDS = {
     "mlp_norm/weight": _plain("D", "post_attention_layernorm.weight"),
     "moe/router": Kind("DE", (("block_sparse_moe.gate.weight", "E D", {}),),
                        (("mlp.gate.weight", "E D", {}),)),
-    "moe/gate_up": Kind("EDcF", ((_EXPERT + "w1.weight", "F D", {"c": 0}),
+    "moe/gate_up": Kind("cEDF", ((_EXPERT + "w1.weight", "F D", {"c": 0}),
                                  (_EXPERT + "w3.weight", "F D", {"c": 1})),
                         (("mlp.experts.gate_up_proj", "E cF D", {}),)),
     "moe/down": Kind("EFD", ((_EXPERT + "w2.weight", "D F", {}),),

@@ -45,13 +45,18 @@ def apply(name, inference: bool, g_TD, weight_Tk, expert_Tk, gate_up, down):
     if name != "grouped":  # whose weights are 0: any expert will do
         expert_Tk = jnp.minimum(expert_Tk, E - 1)
     if name not in TAKE_WIDE:
-        gate_up = stacked(gate_up, E, F)
+        gate_up = narrow(gate_up, E, F)
     return TABLE[name](g_TD, weight_Tk, expert_Tk, gate_up, down)
 
 
-def _swiglu(gate_up):
-    """SiLU(gate) · up for [..., 2, F] products, in float32."""
-    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+def _swiglu(gate, up):
+    """SiLU(gate) · up in float32."""
+    return jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+
+
+def _halves(gate_up):
+    """The matrices of gate and of up, [E, D, F] each."""
+    return (jax.tree.map(lambda w, c=c: w[c], gate_up) for c in range(2))
 
 
 def _swiglu_flat(gate_up):
@@ -69,10 +74,12 @@ def sliced(g_TD, weight_Tk, expert_Tk, gate_up, down):
             e = expert_Tk[t, j]
             if isinstance(gate_up, Wide):
                 w1 = jax.lax.dynamic_slice_in_dim(gate_up.values, e * 2 * F, 2 * F, axis=1)
+                hidden = _swiglu_flat(project("d,df->f", g_TD[t], w1, jnp.float32))
             else:
-                w1 = _expert(gate_up, e, g_TD.dtype).reshape(-1, 2 * F)
+                hidden = _swiglu(*(
+                    project("d,df->f", g_TD[t], _expert(w, e, g_TD.dtype), jnp.float32)
+                    for w in _halves(gate_up)))
             w2 = _expert(down, e, g_TD.dtype)
-            hidden = _swiglu_flat(project("d,df->f", g_TD[t], w1, jnp.float32))
             y = project("f,fd->d", hidden.astype(g_TD.dtype), w2, jnp.float32)
             terms.append(weight_Tk[t, j] * y)
         out.append(sum(terms[1:], terms[0]))
@@ -88,10 +95,10 @@ def _expert(weight, index, dtype):
 
 def gather(g_TD, weight_Tk, expert_Tk, gate_up, down):
     """Reads the chosen experts' weights per token: the decode step of a small batch."""
-    chosen_gate_up, chosen_down = (
-        dequantize(jax.tree.map(lambda w: w[expert_Tk], w), g_TD.dtype) for w in (gate_up, down)
-    )
-    hidden = _swiglu(project("td,tkdcf->tkcf", g_TD, chosen_gate_up, jnp.float32))
+    gate, up, chosen_down = (
+        dequantize(jax.tree.map(lambda w: w[expert_Tk], w), g_TD.dtype)
+        for w in (*_halves(gate_up), down))
+    hidden = _swiglu(*(project("td,tkdf->tkf", g_TD, w, jnp.float32) for w in (gate, up)))
     out_TkD = project("tkf,tkfd->tkd", hidden.astype(g_TD.dtype), chosen_down, jnp.float32)
     return jnp.sum(out_TkD * weight_Tk[..., None], axis=1)
 
@@ -106,11 +113,13 @@ def dense(g_TD, weight_Tk, expert_Tk, gate_up, down):
     elif dispatch.platform() == "cpu":
         # Batched over experts: as one product XLA's CPU backend would transpose the weights first.
         g_ETD = jnp.broadcast_to(g_TD, (E, *g_TD.shape))
-        merged = dequantize(gate_up, g_TD.dtype).reshape(E, D, 2 * F)
-        hidden = _swiglu_flat(project("etd,edf->etf", g_ETD, merged, jnp.float32))
+        hidden = _swiglu(*(project("etd,edf->etf", g_ETD, dequantize(w, g_TD.dtype), jnp.float32)
+                           for w in _halves(gate_up)))
         hidden = (hidden * weight_TE.T[..., None]).swapaxes(0, 1).astype(g_TD.dtype)
     else:
-        hidden = _swiglu(project("td,edcf->tecf", g_TD, gate_up, jnp.float32))
+        # One product: a scan's slice of the weights with one reader is not copied first.
+        both = project("td,cedf->tcef", g_TD, gate_up, jnp.float32)
+        hidden = _swiglu(both[:, 0], both[:, 1])
         hidden = (hidden * weight_TE[..., None]).astype(g_TD.dtype)
     # The sum runs over experts, whose scales differ, so int8 is multiplied out first.
     if isinstance(down, QuantizedTensor):
@@ -121,13 +130,12 @@ def dense(g_TD, weight_Tk, expert_Tk, gate_up, down):
 def grouped(g_TD, weight_Tk, expert_Tk, gate_up, down):
     """Sorts (token, choice) pairs by expert and multiplies each group by its own matrices."""
     T, k = expert_Tk.shape
-    E, D, _, F = gate_up.shape
+    E, F, D = down.shape
     flat = expert_Tk.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     sizes_E = jnp.bincount(flat, length=E).astype(jnp.int32)
     rows = jnp.take(g_TD, order // k, axis=0)
-    merged = jax.tree.map(lambda w: w.reshape(E, w.shape[1], 2 * F), gate_up)
-    hidden = _swiglu(grouped_matmul(rows, merged, sizes_E).reshape(-1, 2, F).astype(jnp.float32))
+    hidden = _swiglu(*(grouped_matmul(rows, w, sizes_E) for w in _halves(gate_up)))
     out = grouped_matmul(hidden.astype(g_TD.dtype), down, sizes_E)
     back = jnp.argsort(order)
     out_TkD = jnp.take(out, back, axis=0).reshape(T, k, D).astype(jnp.float32)
@@ -145,7 +153,7 @@ def _rank(expert_M, E: int):
 def tiled(g_TD, weight_Tk, expert_Tk, gate_up, down):
     """Pairs lie in tiles of one expert each, padded; one batched product runs over the tiles."""
     T, k = expert_Tk.shape
-    E, D, _, F = gate_up.shape
+    E, F, D = down.shape
     M = T * k
     tile = 256 if M >= 4096 else 128
     count = -(-M // tile) + E - 1  # whole tiles that any sizes can need
@@ -157,19 +165,27 @@ def tiled(g_TD, weight_Tk, expert_Tk, gate_up, down):
     source = jnp.zeros(count * tile, jnp.int32).at[slot_M].set(jnp.arange(M) // k)
     expert_of_tile = jnp.minimum(jnp.sum(jnp.arange(count)[:, None] >= ends_E, axis=1), E - 1)
     w1, w2 = (dequantize(jax.tree.map(lambda x: x[expert_of_tile], w), g_TD.dtype)
-              for w in (gate_up, down))
+              for w in (merged(gate_up), down))
     x = _rows(g_TD, source).reshape(count, tile, D)
-    hidden = project("nmd,ndf->nmf", x, w1.reshape(count, D, 2 * F), jnp.float32)
+    hidden = project("nmd,ndf->nmf", x, w1, jnp.float32)
     out = project("nmf,nfd->nmd", _swiglu_flat(hidden).astype(g_TD.dtype), w2, jnp.float32)
     out_TkD = _rows(out.reshape(-1, D), slot_M).reshape(T, k, D)
     return jnp.sum(out_TkD * weight_Tk[..., None], axis=1)
 
 
-def stacked(gate_up, E: int, F: int):
-    """Returns gate_up as [E, D, 2, F], however it is laid."""
+def narrow(gate_up, E: int, F: int):
+    """Returns gate_up as [2, E, D, F], however it is laid."""
     if not isinstance(gate_up, Wide):
         return gate_up
-    return gate_up.values.reshape(-1, E, 2, F).swapaxes(0, 1)
+    return gate_up.values.reshape(-1, E, 2, F).transpose(2, 1, 0, 3)
+
+
+def merged(gate_up):
+    """Returns [2, E, D, F] as [E, D, 2F]: one product for gate and up."""
+    def join(w):
+        return w.transpose(1, 2, 0, 3).reshape(w.shape[1], w.shape[2], -1)
+
+    return jax.tree.map(join, gate_up)
 
 
 def filled(g_TD, weight_Tk, expert_Tk, gate_up, down):
@@ -191,7 +207,10 @@ def filled(g_TD, weight_Tk, expert_Tk, gate_up, down):
     slot_M = rank_M + jnp.where(inside_M, expert_Tk.reshape(-1) * room, first_M)
     # Padding rows take token 0 and are read by nobody.
     source = jnp.zeros(rows + M + _BLOCK, jnp.int32).at[slot_M].set(jnp.arange(M) // k)
-    w1 = jax.tree.map(lambda w: w.reshape(E, w.shape[1], 2 * F), stacked(gate_up, E, F))
+    if isinstance(gate_up, Wide):
+        w1 = gate_up.values.reshape(D, E, 2 * F).swapaxes(0, 1)
+    else:
+        w1 = merged(gate_up)
 
     def run(spec, x, w1, w2):
         first, second = spec

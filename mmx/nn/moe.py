@@ -43,7 +43,7 @@ class MoE(nnx.Module):
         D, E, F = config.hidden_size, config.num_experts, config.expert_dim
         self.router = make.param("router", (D, E), ("embed", None), xavier(D, E))
         self.gate_up = make.param(
-            "gate_up", (E, D, 2, F), ("expert", "embed", None, "mlp"), xavier(D, F, gain)
+            "gate_up", (2, E, D, F), (None, "expert", "embed", "mlp"), xavier(D, F, gain)
         )
         self.down = make.param("down", (E, F, D), ("expert", "mlp", "embed"), xavier(F, D, gain))
         self.k = config.experts_per_token

@@ -50,8 +50,8 @@ def _widen(large):
         if path == "head/weight":
             wide[path] = Wide(leaf.T)
         elif path.endswith("moe/gate_up"):
-            R, E, D, _, F = leaf.shape
-            wide[path] = Wide(leaf.swapaxes(1, 2).reshape(R, D, E * 2 * F))
+            R, _, E, D, F = leaf.shape
+            wide[path] = Wide(leaf.transpose(0, 3, 2, 1, 4).reshape(R, D, E * 2 * F))
         elif path.endswith("attn/qkv"):
             R, D = leaf.shape[:2]
             gate = large[path.removesuffix("qkv") + "gate"]

@@ -167,7 +167,7 @@ class MeshOps(Ops):
             return jax.lax.psum(out, shared) if shared else out
 
         entry = _entry(owners), _entry(width)
-        weights = (_leaf_spec(gate_up, P(entry[0], None, None, entry[1])),
+        weights = (_leaf_spec(gate_up, P(None, entry[0], None, entry[1])),
                    _leaf_spec(down, P(entry[0], entry[1], None)))
         in_specs = (apart, apart, apart, *weights)
         return self._island(body, in_specs, apart)(

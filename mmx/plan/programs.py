@@ -121,7 +121,8 @@ def _params(job: Job, mesh: Mesh):
         if not isinstance(leaf, QuantizedTensor):
             return _abstract(leaf, sharding)
         spec = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
-        kept = P(*(None if n == 1 else part for n, part in zip(leaf.scale.shape, spec, strict=True)))
+        kept = P(*(None if n == 1 else part
+                   for n, part in zip(leaf.scale.shape, spec, strict=True)))
         return QuantizedTensor(_abstract(leaf.values, sharding),
                                _abstract(leaf.scale, NamedSharding(mesh, kept)))
 

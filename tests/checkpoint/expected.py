@@ -34,11 +34,11 @@ def params(config, tensors) -> dict[str, np.ndarray]:
                     layer["attn/v"] = _out_heads(get("self_attn.v_proj"), K, H)
                     layer["attn/out"] = _in_heads(get("self_attn.o_proj"), N, H)
                 layer["moe/router"] = get("block_sparse_moe.gate").T
-                gate_up = np.zeros((E, D, 2, F), np.float32)
+                gate_up = np.zeros((2, E, D, F), np.float32)
                 down = np.zeros((E, F, D), np.float32)
                 for e in range(E):
-                    gate_up[e, :, 0] = get(f"block_sparse_moe.experts.{e}.w1").T
-                    gate_up[e, :, 1] = get(f"block_sparse_moe.experts.{e}.w3").T
+                    gate_up[0, e] = get(f"block_sparse_moe.experts.{e}.w1").T
+                    gate_up[1, e] = get(f"block_sparse_moe.experts.{e}.w3").T
                     down[e] = get(f"block_sparse_moe.experts.{e}.w2").T
                 layer |= {"moe/gate_up": gate_up, "moe/down": down}
                 layers.append(layer)

@@ -133,7 +133,7 @@ def test_router_separates_what_bfloat16_would_tie():
     config = tiny.config(1, layer_types=(LIGHTNING,), hidden_size=512, num_experts=2,
                          experts_per_token=1)
     values = {"router": jnp.ones((512, 2), jnp.bfloat16).at[0, 1].set(1.0078125),
-              "gate_up": jnp.zeros((2, 512, 2, 32), jnp.bfloat16),
+              "gate_up": jnp.zeros((2, 2, 512, 32), jnp.bfloat16),
               "down": jnp.zeros((2, 32, 512), jnp.bfloat16)}
     moe = MoE(config, Factory(lambda spec: values[spec.path], "bfloat16"), 1.0)
     _, stats = moe(jnp.ones((1, 3, 512), jnp.bfloat16), None, Ops())

@@ -1,0 +1,88 @@
+"""Tell whether a job fits a pod, how, and at what traffic, without the pod.
+
+The step's real program is compiled for the named accelerators; nothing is run. Exit code 3 means
+that it does not fit.
+"""
+
+import dataclasses
+import json
+import sys
+
+from mmx.cli.settings import setting
+
+EXAMPLE = """
+mmx plan --model=text01 --pod=v6e:4x8 --mode=decode --batch=32 --context=8192
+mmx plan --model=text01 --pod=h200:1x8 --quantize=int8 --search
+mmx plan --model=text01 --pod=v5p-32 --mode=long --context=1048576 --json
+"""
+DOES_NOT_FIT = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanSettings:
+    model: str = setting("text01", "A preset, or a directory with config.json.", group="Input")
+    pod: str = setting("v6e:4x8", "CHIP:TOPOLOGY, or a cloud's name, for example v5p:2x2x4, "
+                       "h200:1x8 (hosts x GPUs), v6e-32, 2*v6e:16x16.", group="Input")
+    mode: str = setting("decode", "decode: a token for each sequence. prefill: a chunk of each "
+                        "prompt. long: a chunk of few long prompts. train: one step.",
+                        choices=("decode", "prefill", "long", "train"))
+    batch: int | None = setting(None, "Sequences at once; 32 (1 for long, 64 to train) if not "
+                                "given.", low=1)
+    context: int = setting(8192, "Tokens that each sequence can hold.", low=1)
+    chunk: int = setting(2048, "Tokens of a prompt consumed by one step.", low=1)
+    quantize: str | None = setting(None, "int8 weights.", choices=("int8",))
+    dtype: str = setting("bfloat16", "Number format of weights and activations.",
+                         choices=("bfloat16", "float32"))
+    kv_dtype: str = setting("bfloat16", "Number format of cached keys and values.",
+                            choices=("bfloat16", "float32", "float8_e4m3fn"))
+    mesh: str | None = setting(None, "Lay the devices out so, for example expert=4,tensor=8.",
+                               value="AXIS=SIZE,…")
+    meshes: int = setting(1, "Compile this many of the likeliest meshes and rank them.", low=1,
+                          high=32)
+    search: bool = setting(False, "Find the largest batch and context that fit (more "
+                           "compilations).")
+    json: bool = setting(False, "Write one JSON object.", group="Output")
+
+
+Settings = PlanSettings
+
+
+def run(call) -> int:
+    """Compiles and reports; 3 when the job does not fit."""
+    settings = call.settings
+    from mmx.plan import topology
+
+    topology.prepare_environment()
+    from mmx.checkpoint import load_config
+    from mmx.config import preset, preset_names
+    from mmx.obs import log
+    from mmx.plan import fit, meshes, report
+    from mmx.plan.pods import parse_pod
+    from mmx.plan.programs import Job
+
+    name = settings.model
+    config = preset(name) if name in preset_names() else load_config(name)
+    pod = parse_pod(settings.pod)
+    batch = settings.batch or {"long": 1, "train": 64}.get(settings.mode, 32)
+    job = Job(config, settings.mode, batch, settings.context, settings.chunk, settings.dtype,
+              settings.quantize, settings.kv_dtype)
+    if settings.mesh:
+        chosen = [meshes.share(job, topology.check_axes(pod, meshes.parse_axes(settings.mesh)))]
+    else:
+        chosen = meshes.candidates(job, pod)[:settings.meshes]
+    fits = []
+    for number, one in enumerate(chosen, 1):
+        log.note(f"compiling {name} for {pod.name} on {one.text} ({number} of {len(chosen)}) …")
+        fits.append(fit.compile_fit(job, pod, one.axes))
+    fits.sort(key=lambda one: (not one.fits, one.estimate.step_s if one.estimate else 0.0))
+    best, found = fits[0], {}
+    if settings.search and best.fits:
+        found = {what: fit.largest(best, what, log.note) for what in ("batch", "context")}
+    if settings.json:
+        answer = {"model": name, **best.to_json(), "largest": found or None,
+                  "others": [one.to_json() for one in fits[1:]]}
+        print(json.dumps(answer))
+    else:
+        print(report.text(name, best, found, fits[1:]))
+    sys.stdout.flush()
+    return 0 if best.fits else DOES_NOT_FIT

@@ -1,0 +1,137 @@
+"""Whether a job fits a pod: compiles it, and reckons memory, traffic and time."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mmx.errors import UserError
+from mmx.plan import hlo, meshes, roofline, topology
+from mmx.plan.pods import Pod
+from mmx.plan.programs import Job, Memory, compile_step
+
+GIB = 2**30
+_NEED = re.compile(r"\(([\d.]+)([MGT])\) exceeds available|"
+                   r"[Uu]sed ([\d.]+)([MGT]) of ([\d.]+)([MGT]) hbm")
+_UNIT = {"M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """One job compiled for one mesh of a pod; compiled, not run.
+
+    memory: of one device. limit: bytes that a device has. collectives: exchanges of one step.
+    estimate: None where the compiler refused the program. compile_s: seconds it took.
+    """
+
+    job: Job
+    pod: Pod
+    axes: Mapping[str, int]
+    memory: Memory
+    limit: int
+    collectives: tuple[hlo.Collective, ...]
+    estimate: roofline.Estimate | None
+    compile_s: float
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.limit
+
+    @property
+    def mesh_text(self) -> str:
+        return ",".join(f"{name}={size}" for name, size in self.axes.items())
+
+    def to_json(self) -> dict[str, Any]:
+        config = self.job.config
+        found = {
+            "pod": self.pod.name, "devices": self.pod.devices, "mesh": dict(self.axes),
+            "mode": self.job.mode, "batch": self.job.batch, "context": self.job.context,
+            "chunk": self.job.chunk if self.job.mode in ("prefill", "long") else None,
+            "dtype": self.job.dtype, "quantize": self.job.quantize,
+            "kv_dtype": self.job.kv_dtype, "layers": config.num_layers,
+            "fits": self.fits, "limit_bytes": self.limit,
+            "bytes_per_device": dataclasses.asdict(self.memory),
+            "compile_s": round(self.compile_s, 1), "note": "compiled, not run"}
+        found["collectives"] = [
+            {"kind": one.kind, "axes": list(one.axes), "count": one.count,
+             "bytes": one.bytes, "sent_bytes": one.sent * one.count} for one in self.collectives]
+        if self.estimate is not None:
+            estimate = self.estimate
+            found["estimate"] = {
+                "label": estimate.label, "bound": estimate.bound, "step_s": estimate.step_s,
+                "compute_s": estimate.compute_s, "memory_s": estimate.memory_s,
+                "network_s": estimate.network_s, "formulas": list(estimate.formulas),
+                "tokens_per_s": self.job.tokens / estimate.step_s}
+        return found
+
+
+def compile_fit(job: Job, pod: Pod, axes: Mapping[str, int]) -> Fit:
+    """Compiles the job's step for the pod; a refusal for lack of memory is an answer, too."""
+    mesh = topology.make_mesh(pod, dict(axes))
+    begin, limit = time.perf_counter(), int(pod.chip.hbm_gib * GIB)
+    try:
+        compiled, memory = compile_step(job, mesh)
+    except UserError:
+        raise
+    except Exception as error:
+        total = _needed(str(error))
+        if total is None:
+            raise
+        held = meshes.share(job, axes)
+        train = job.mode == "train"
+        memory = Memory(
+            weights=held.weights, keys_values=held.keys_values,
+            states=0 if train else held.states, optimizer=held.states if train else 0, other=0,
+            temporaries=max(total - held.held, 0), total=max(total, limit + 1))
+        return Fit(job, pod, axes, memory, limit, (), None, time.perf_counter() - begin)
+    spent, text = time.perf_counter() - begin, compiled.as_text()
+    exchanged = tuple(hlo.collectives(text, mesh))
+    estimate = roofline.estimate(
+        hlo.dots_by_type(text), hlo.bytes_accessed(text), exchanged, pod.chip, mesh)
+    return Fit(job, pod, axes, memory, limit, exchanged, estimate, spent)
+
+
+def _needed(message: str) -> int | None:
+    """Bytes that the compiler says it would have needed; None if it refused for another reason."""
+    if "RESOURCE_EXHAUSTED" not in message and "hbm" not in message.lower():
+        return None
+    match = _NEED.search(message)
+    if not match:
+        return None
+    number, unit = (match[1], match[2]) if match[1] else (match[3], match[4])
+    return int(float(number) * _UNIT[unit])
+
+
+def largest(fit: Fit, what: str, told: Callable[[str], None] = lambda text: None) -> int | None:
+    """Returns the largest "batch" or "context" that still fits; None if not even the smallest.
+
+    The memory of the compiled job says where to look, and a compilation confirms it; each refusal
+    lowers the guess by a twentieth.
+    """
+    job, memory = fit.job, fit.memory
+    unit = meshes.batch_step(job, fit.axes) if what == "batch" else 1024
+    now = getattr(job, what)
+    fixed = memory.weights + memory.optimizer
+    growing = memory.keys_values + memory.temporaries + memory.other
+    if what == "batch":
+        growing += memory.states
+    else:
+        fixed += memory.states
+        # Temporaries of a step do not grow with what a cache holds.
+        growing -= memory.temporaries
+        fixed += memory.temporaries
+    room = fit.limit - fixed
+    if room <= 0 or growing <= 0:
+        return None
+    guess = int(now * room / growing)
+    if what == "context":
+        guess = min(guess, 1 << 30)
+    while guess >= unit:
+        guess = guess // unit * unit
+        told(f"trying {what}={guess:,}")
+        tried = compile_fit(dataclasses.replace(job, **{what: guess}), fit.pod, fit.axes)
+        if tried.fits:
+            return guess
+        guess = min(guess - unit, int(guess * 0.95))
+    return None
