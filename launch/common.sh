@@ -79,7 +79,8 @@ json_list() {
 # does not count.
 platform_env() {
   env -u XLA_FLAGS -u LIBTPU_INIT_ARGS -u JAX_PLATFORMS -u JAX_COMPILATION_CACHE_DIR \
-    -u XLA_PYTHON_CLIENT_MEM_FRACTION -u NCCL_DEBUG -u MMX_CPU_DEVICES \
+    -u XLA_PYTHON_CLIENT_MEM_FRACTION -u NCCL_DEBUG -u MMX_CPU_DEVICES -u MMX_TIMEOUT_S \
+    -u PYTHONUNBUFFERED \
     MMX_SHARED="$2" MMX_SLICES="$3" bash "$HERE/env.sh" "$1" --list
 }
 

@@ -43,6 +43,8 @@ _mmx_platform() {
   local -a flags=()
   # Lines reach the log as they are written, also those before a kill.
   _mmx_set PYTHONUNBUFFERED 1
+  # Hosts of a pod come minutes apart: images are pulled, nodes are added.
+  _mmx_set MMX_TIMEOUT_S 900
   if [ -n "${MMX_SHARED:-}" ]; then
     # The first step of the whole model compiles for minutes; the next start reads the program.
     _mmx_set JAX_COMPILATION_CACHE_DIR "${MMX_SHARED%/}/compiled"

@@ -1,5 +1,7 @@
 """The launchers as programs: syntax, lint, help, refusals, dry runs, and what reaches the tools."""
 
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -65,6 +67,29 @@ def test_help_has_an_example_that_works(script, tmp_path):
     words = example(script)
     code, out, err = launch(script, "--dry-run", *words)
     assert code == 0 and out and not err
+
+
+def _readme_commands():
+    text = (LAUNCH / "README.md").read_text()
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.S)).replace("\\\n", " ")
+    return [line for line in blocks.splitlines()
+            if re.search(r"launch/[a-z_]+\.(sh|sbatch) ", line)]
+
+
+@pytest.mark.parametrize("line", _readme_commands())
+def test_commands_of_the_readme(line):
+    script, words = re.search(r"launch/([a-z_]+\.(?:sh|sbatch)) (.*)", line).groups()
+    words = shlex.split(words.split(" >")[0].split(" &&")[0])
+    assert launch(script, "--dry-run", *words)[::2] == (0, "")
+
+
+def test_the_readme_shows_every_launcher():
+    shown = " ".join(_readme_commands())
+    assert all(script in shown for script in [*LAUNCHERS, "env.sh"])
+    text = (LAUNCH / "README.md").read_text()
+    names = [path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch", ".yaml")]
+    hidden = {"common.sh", "setup_env.sh", "test.sh", "gke_jobset.yaml"}
+    assert all(name in text for name in names if name not in hidden)
 
 
 REFUSED = {
