@@ -22,6 +22,7 @@ VERBS = {
     "train": "train on text files",
     "convert": "rewrite a checkpoint in another layout, format or precision",
     "inspect": "list the tensors of a checkpoint or preset",
+    "plan": "tell whether a job fits a pod, and at what traffic",
 }
 INTERRUPTED = 130
 BROKEN_PIPE = 141

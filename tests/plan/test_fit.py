@@ -1,0 +1,165 @@
+"""What a plan says: candidates of meshes, shares of memory, the report, refusals, exit codes."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from mmx.config import preset
+from mmx.errors import UserError
+from mmx.plan import fit, meshes, report
+from mmx.plan.hlo import Collective
+from mmx.plan.pods import parse_pod
+from mmx.plan.programs import Job, Memory
+from mmx.plan.roofline import Estimate
+from tests import tiny
+
+GIB = 2**30
+TEXT01 = preset("text01")
+
+
+@pytest.mark.parametrize("pod, mode", [("v5p:2x2x4", "decode"), ("v6e:4x8", "long"),
+                                       ("2*v6e:16x16", "decode"), ("h200:1x8", "prefill"),
+                                       ("v5p:8x8x4", "train")])
+def test_candidates_use_every_device_and_put_what_fits_first(pod, mode):
+    pod = parse_pod(pod)
+    found = meshes.candidates(Job(TEXT01, mode), pod)
+    assert len(found) == len({one.text for one in found}) > 3
+    assert all(math.prod(one.axes.values()) == pod.devices for one in found)
+    limit = 0.9 * pod.chip.hbm_gib * GIB
+    crowded = [one.held > limit for one in found]
+    assert crowded == sorted(crowded) and not crowded[0]
+
+
+def test_shares_add_up_to_the_model():
+    job = Job(TEXT01, "decode", batch=32, context=8192)
+    alone = meshes.share(job, {"tensor": 1})
+    norms = 2 * 80 * 6144 * 2
+    assert alone.weights == 2 * 456_089_655_296
+    assert alone.states == 70 * 32 * 64 * 128 * 128 * 4
+    assert alone.keys_values == 2 * 10 * 32 * 8 * 8192 * 128 * 2
+    spread = meshes.share(job, {"expert": 4, "tensor": 8})
+    assert alone.weights / 32 <= spread.weights <= alone.weights / 32 + 2 * norms + (1 << 28)
+    assert spread.states * 32 == alone.states and spread.keys_values * 32 == alone.keys_values
+    # Sixteen devices for eight heads: each holds a copy of one.
+    copied = meshes.share(job, {"tensor": 16})
+    assert copied.keys_values * 8 == alone.keys_values
+
+
+@pytest.mark.parametrize("text", ["", "tensor", "tensor=0", "model=2", "tensor=2,tensor=4"])
+def test_a_mesh_in_another_form_is_refused(text):
+    with pytest.raises(UserError, match="does not describe a mesh"):
+        meshes.parse_axes(text)
+
+
+@pytest.mark.parametrize("change", [{"mode": "serve"}, {"batch": 0}, {"context": -1}])
+def test_a_job_out_of_range_is_refused(change):
+    with pytest.raises(UserError):
+        Job(TEXT01, **change)
+
+
+@pytest.mark.parametrize("message, need", [
+    ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+     "(105.49G) exceeds available HBM (94.75G).", int(105.49 * GIB)),
+    ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Used 59.11G of 31.24G hbm.",
+     int(59.11 * GIB)),
+    ("INTERNAL: something else", None)])
+def test_the_compilers_refusal_is_an_answer(message, need):
+    assert fit._needed(message) == need
+
+
+def a_fit(total_gib: float) -> fit.Fit:
+    pod = parse_pod("v6e:4x8")
+    memory = Memory(weights=26 * GIB, keys_values=GIB // 2, states=GIB // 4, optimizer=0, other=0,
+                    temporaries=int((total_gib - 26.75) * GIB), total=int(total_gib * GIB))
+    estimate = Estimate(0.001, 0.02, 0.004, "memory", ("compute: 1", "memory: 2"), {})
+    moved = (Collective("all-reduce", ("tensor",), 2.0**20, 160, 8),
+             Collective("all-gather", ("expert",), 2.0**20, 10, 4))
+    return fit.Fit(Job(TEXT01), pod, {"expert": 4, "tensor": 8}, memory,
+                   int(31.24 * GIB), moved, estimate, 12.0)
+
+
+def test_the_report_names_what_fits_and_what_travels():
+    text = report.text("text01", a_fit(28.0), {"batch": 640, "context": None}, [a_fit(29.0)])
+    for word in ("FITS: 28.00 of 31.24 GiB", "3.24 to spare", "not run", "weights", "26.00",
+                 "largest batch that fits: 640", "largest context that fits: none",
+                 "bound by memory", "estimate", "also expert=4,tensor=8: 29.00 GiB"):
+        assert word in text, word
+    sent = [line.split() for line in text.splitlines() if "all-reduce" in line][0]
+    assert sent == ["tensor", "all-reduce", "160", "280.00"]  # 2 · 7/8 of a MiB, 160 times
+    text = report.text("text01", a_fit(40.0), {}, [])
+    assert "DOES NOT FIT" in text and "8.76 too much" in text and "--quantize=int8" in text
+
+
+def test_json_has_every_part():
+    found = json.loads(json.dumps(a_fit(28.0).to_json()))
+    assert found["fits"] and found["note"] == "compiled, not run"
+    assert found["bytes_per_device"]["weights"] == 26 * GIB
+    assert found["collectives"][0]["sent_bytes"] == 280 * 2**20
+    assert found["estimate"]["bound"] == "memory" and found["estimate"]["formulas"]
+
+
+def test_the_largest_batch_is_confirmed_by_compiling(monkeypatch):
+    tried = []
+
+    def compile_fit(job, pod, axes):
+        tried.append(job.batch)
+        # More than the linear guess allows for: each sequence takes 0.1 GiB.
+        return dataclasses.replace(a_fit(26.75 + 0.1 * job.batch), job=job)
+
+    monkeypatch.setattr(fit, "compile_fit", compile_fit)
+    best = fit.largest(a_fit(28.0), "batch")
+    assert best % 4 == 0 and 26.75 + 0.1 * best <= 31.24 < 26.75 + 0.1 * (best + 8)
+    assert tried[-1] == best
+
+
+def run_plan(*arguments):
+    return subprocess.run([sys.executable, "-m", "mmx", "plan", *arguments], capture_output=True,
+                          text=True, check=False)
+
+
+def test_mistakes_are_sentences():
+    for arguments, word in ((["--pod=v9:4x4"], "unknown"), (["--mode=serve"], "choice"),
+                            (["--pod=v6e:4x8", "--mesh=tensor=3"], "devices")):
+        done = run_plan(*arguments)
+        assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr
+
+
+# Rows of docs/pods.md, compiled again: arguments, exit code, most GiB that a device may need.
+ROWS = [
+    (["--pod=v5p:2x2x4", "--batch=32"], 0, 57.0),
+    (["--pod=v6e:4x4", "--batch=16", "--quantize=int8"], 0, 29.5),
+    (["--pod=v6e:4x8", "--mode=long", "--context=1048576", "--chunk=8192"], 0, 31.24),
+    (["--pod=v6e:4x4", "--batch=16"], 3, math.inf),
+]
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("arguments, code, most", ROWS)
+def test_the_whole_model_on_named_pods(arguments, code, most):
+    done = run_plan("--model=text01", *arguments, "--json")
+    assert done.returncode == code, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["bytes_per_device"]["total"] <= most * GIB
+    assert found["fits"] == (code == 0)
+    if found["fits"]:
+        assert found["collectives"] and found["estimate"]["step_s"] > 0
+
+
+@pytest.mark.tpu_aot
+def test_traffic_of_lightning_layers_does_not_grow_with_the_chunk(tmp_path):
+    """States travel, tokens do not: all-gathers over the time axes keep their bytes."""
+    config = tiny.config(2, softmax_every=4, num_heads=8, head_dim=128)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf("minimax_text_01")))
+    moved = []
+    for chunk in (1024, 4096):
+        done = run_plan(f"--model={tmp_path}", "--pod=v5e:2x4", "--mode=long", "--batch=1",
+                        "--mesh=sequence=8", "--context=8192", f"--chunk={chunk}", "--json")
+        assert done.returncode == 0, done.stderr[-2000:]
+        moved.append({(one["kind"], one["bytes"]) for one in json.loads(done.stdout)["collectives"]
+                      if one["axes"] == ["sequence"] and one["kind"] == "all-gather"})
+    states = 8 * 8 * 128 * 128 * 4
+    assert any(size == states for _, size in moved[0]) and moved[0] & moved[1]
