@@ -65,5 +65,5 @@ class MoE(nnx.Module):
             jnp.sum(valid_BT))
         run = partial(experts.apply, ops.names.get("moe"), inference)
         out_BTD = ops.experts(
-            run, g_BTD, weight_BTk, expert_BTk, self.gate_up[...], self.down[...])
+            run, g_BTD, weight_BTk, expert_BTk, self.gate_up[...], self.down[...], inference)
         return out_BTD.astype(g_BTD.dtype), stats

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmx.errors import UserError
 from mmx.parallel import lasp, ring
+from mmx.parallel.exchange import ROOM, all_to_all_experts
 from mmx.parallel.ops import NO_CHOICE, Ops, first_query, write_rows
 from mmx.sharding.rules import Rules, axes_of, check_mesh, partition
 from pallas_kernels import lightning_attention, partial_attention
@@ -22,7 +23,8 @@ class MeshOps(Ops):
 
     Args:
       names: implementations as for `Ops`, and "sequence": how states travel between pieces of a
-        sequence ("gather", "log", "ring"), and "context": how keys do ("ring", "gather").
+        sequence ("gather", "log", "ring"), "context": how keys do ("ring", "gather"), "dispatch":
+        how tokens meet experts ("sum", "all_to_all"; chosen by traffic if absent).
     """
 
     def __init__(self, mesh: Mesh, rules: Rules, names: Mapping[str, str] = NO_CHOICE):
@@ -143,10 +145,13 @@ class MeshOps(Ops):
         return self._island(run, in_specs, (q, (held, held)))(
             q_BTNH, k_BTKH, v_BTKH, cache, offsets_B, lengths_B)
 
-    def experts(self, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down):
-        """Every device of the expert axis sees the tokens of its group and sums its experts' part.
+    def experts(self, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down,
+                inference: bool = False):
+        """By "sum" every device of the expert axis sees its group's tokens and adds its experts'
+        part; by "all_to_all" tokens that lie over that axis are sent to their experts and back.
 
         The expert ids that `run` is given count from the device's first; ids outside are others'.
+        "all_to_all" cannot be differentiated.
         """
         E = down.shape[0]
         owners = axes_of(self.rules, self.mesh, "expert", E)
@@ -166,12 +171,33 @@ class MeshOps(Ops):
             out = Ops.experts(self, run, g, weight, expert, gate_up, down)
             return jax.lax.psum(out, shared) if shared else out
 
+        def exchanged(g, weight, expert, gate_up, down):
+            flat = (x.reshape(-1, x.shape[-1]) for x in (g, weight, expert))
+            out = all_to_all_experts(
+                lambda *tokens: run(*tokens, gate_up, down), *flat, local_E, owners,
+                tuple(self.mesh.axis_names))
+            out = jax.lax.psum(out.astype(g.dtype), width) if width else out
+            return out.reshape(g.shape)
+
         entry = _entry(owners), _entry(width)
         weights = (_leaf_spec(gate_up, P(None, entry[0], None, entry[1])),
                    _leaf_spec(down, P(entry[0], entry[1], None)))
-        in_specs = (apart, apart, apart, *weights)
-        return self._island(body, in_specs, apart)(
+        spread = [name for part in tokens for name in _names(part)]
+        method = self._dispatch(owners, spread, expert_BTk.shape[-1], inference)
+        lie, island = (tokens, exchanged) if method == "all_to_all" else (apart, body)
+        return self._island(island, (lie, lie, lie, *weights), lie)(
             g_BTD, weight_BTk, expert_BTk, gate_up, down)
+
+    def _dispatch(self, owners, spread, k: int, inference: bool) -> str:
+        possible = bool(owners) and all(name in spread for name in owners)
+        method = self.names.get("dispatch")
+        if method is None:
+            # Rows that travel for a token: there and back, against all of the group's.
+            parts = math.prod(self.mesh.shape[name] for name in owners)
+            return "all_to_all" if possible and inference and parts > ROOM * k else "sum"
+        if method not in ("sum", "all_to_all"):
+            raise ValueError(f"dispatch='{method}' is not one of 'sum', 'all_to_all'.")
+        return method if possible else "sum"
 
 
 def merge(weighted, total, peak, axes) -> jax.Array:
@@ -187,9 +213,12 @@ def _entry(axes):
     return axes if len(axes) > 1 else axes[0] if axes else None
 
 
+def _names(entry) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else entry
+
+
 def _without(entry, names):
-    axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
-    return _entry(tuple(name for name in axes if name not in names))
+    return _entry(tuple(name for name in _names(entry) if name not in names))
 
 
 def _leaf_spec(leaf, spec: P):

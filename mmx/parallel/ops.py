@@ -61,8 +61,12 @@ class Ops:
         out = attention(q_BTNH, k, v, offsets_B=first_B, implementation=self.names.get("softmax"))
         return out, cache
 
-    def experts(self, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down) -> jax.Array:
-        """Applies `run(g_TD, weight_Tk, expert_Tk, gate_up, down)` to all tokens: [B, T, D]."""
+    def experts(self, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down,
+                inference: bool = False) -> jax.Array:
+        """Applies `run(g_TD, weight_Tk, expert_Tk, gate_up, down)` to all tokens: [B, T, D].
+
+        `inference` allows what cannot be differentiated.
+        """
         out_TD = run(*(x.reshape(-1, x.shape[-1]) for x in (g_BTD, weight_BTk, expert_BTk)),
                      gate_up, down)
         return out_TD.reshape(g_BTD.shape)
