@@ -114,9 +114,9 @@ def page(known: dict[str, dict]) -> str:
         "# Pods that hold MiniMax-Text-01", "",
         "Made by `python benchmarks/fit_table.py` from `mmx plan`: each row is the whole step of "
         "the real model (456 B parameters, RoPE, residual factors, experts, sampling), compiled by "
-        "the accelerator's own compiler for that topology. **Compiled, not run.** The command of a "
-        "row is `mmx plan --model=text01` with the row's arguments; GiB are of one device. The time "
-        "of a step is an estimate from counts and data sheets (its formulas: `--json`), a floor "
+        "the accelerator's own compiler for that topology. **Compiled, not run.** The command of "
+        "a row is `mmx plan --model=text01` with its arguments; GiB are of one device. The time "
+        "of a step is an estimate from counts and data sheets (formulas: `--json`), a floor "
         "that no program reaches; it is bound by what is named beside it. The context is 8,192 "
         "where none is given.", ""]
     for heading, rows in TABLE.items():

@@ -17,6 +17,15 @@ class UserError(Exception):
         super().__init__(" ".join(part for part in (what, rule, fix) if part))
 
 
+class HostError(UserError):
+    """Another process of the job is missing: no mistake in the command, which may be tried again.
+
+    75 is what shells and schedulers know as a temporary failure (EX_TEMPFAIL of sysexits.h).
+    """
+
+    exit_code = 75
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Returns "Did you mean 'x'?" for the closest of `names`, or an empty string."""
     close = difflib.get_close_matches(name, list(names), n=1)

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def worded(error: BaseException) -> tuple[int, str | None]:
     """Returns the exit code of a failure and its sentence; None where there is no good one."""
     if isinstance(error, UserError):
-        return UserError.exit_code, str(error)
+        return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, None
     if isinstance(error, BrokenPipeError):

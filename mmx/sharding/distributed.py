@@ -17,14 +17,14 @@ import os
 import signal
 import sys
 
-from mmx.errors import UserError
+from mmx.errors import HostError, UserError
 from mmx.sharding import link
 from mmx.sharding.watch import Watch
 
 MODES = AUTO, OFF, ON = "auto", "off", "on"
 TIMEOUT_S, SILENCE_S = 300.0, 30.0
 # Exit code of a process that ends because another is lost: "try again" in sysexits.h.
-LOST = 75
+LOST = HostError.exit_code
 _VARIABLES = ("MMX_COORDINATOR", "MMX_PROCESSES", "MMX_PROCESS_ID")
 
 

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 
-from mmx.errors import UserError
+from mmx.errors import HostError, UserError
 
 _VERSION = 1
 LINGER_SECONDS = 5.0
@@ -125,7 +125,7 @@ def gather(port: int, processes: int, host: str, timeout_s: float) -> tuple[dict
     if fault:
         for peer in found.values():
             peer.send({"end": fault})
-        raise UserError(fault, _RULE, "Look at the missing ones' logs, or give them more time by "
+        raise HostError(fault, _RULE, "Look at the missing ones' logs, or give them more time by "
                         "MMX_TIMEOUT_S.")
     names = [hosts[i] for i in range(processes)]
     for peer in found.values():
@@ -161,14 +161,14 @@ def join(coordinator: tuple[str, int], process: int, processes: int, host: str,
                 break
             for message in messages:
                 if "end" in message:
-                    raise UserError(message["end"], _RULE, "Start them all anew.")
+                    raise HostError(message["end"], _RULE, "Start them all anew.")
                 if "hosts" in message:
                     return peer, message["hosts"]
         if peer.closed:  # another program, or process 0 on its way out
             reason = "it closed the connection"
         peer.sock.close()
         time.sleep(0.3)
-    raise UserError(
+    raise HostError(
         f"Process {process} on {host} cannot reach process 0 at {address} within {timeout_s:g} s "
         f"({reason}).", _RULE,
         "Check that process 0 runs on that host and that the port is open, or raise MMX_TIMEOUT_S.")
