@@ -26,7 +26,10 @@ class HostError(UserError):
     exit_code = 75
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Returns "Did you mean 'x'?" for the closest of `names`, or an empty string."""
+def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """Returns "Did you mean 'x'?" for the closest of `names`, or an empty string.
+
+    `prefix` is written before the name.
+    """
     close = difflib.get_close_matches(name, list(names), n=1)
-    return f"Did you mean '{close[0]}'?" if close else ""
+    return f"Did you mean '{prefix}{close[0]}'?" if close else ""

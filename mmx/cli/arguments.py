@@ -57,7 +57,7 @@ def parse(verb: str, settings_cls: type, argv: list[str]) -> Arguments:
         rest = values([verb, *argv])[1:]
     except flags.UnrecognizedFlagError as error:
         raise UserError(f"mmx {verb} has no flag '--{error.flagname}'.",
-                        nearest(error.flagname, names), see) from None
+                        nearest(error.flagname, names, "--"), see) from None
     except flags.Error as error:
         raise UserError(_sentence(settings_cls, str(error)), "", see) from None
     if rest:

@@ -102,7 +102,7 @@ def _tell(settings: BatchSettings, summary, is_main: bool) -> None:
     done = f"answered {summary.answered:,} of {summary.records:,} records"
     if summary.resumed:
         done += f" ({summary.resumed:,} before)"
-    parts = [done, f"{summary.errors:,} errors"]
+    parts = [done, f"{summary.errors:,} error{'s' * (summary.errors != 1)}"]
     if summary.answered:
         parts += [f"{summary.completion_tokens:,} tokens in {summary.seconds:.1f} s",
                   f"{summary.tokens_per_s:,.1f} tok/s", memory.summary()]

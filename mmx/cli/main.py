@@ -1,7 +1,9 @@
 """The command `mmx VERB --flag=value…`: finds the verb, parses, runs, and words every failure."""
 
 import dataclasses
+import glob
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -111,6 +113,16 @@ def verb_module(verb: str):
     return importlib.import_module(f"mmx.cli.{verb}")
 
 
+def _skip_absent_accelerators() -> None:
+    """Keeps jax from asking a TPU's driver, which the extra plan-tpu brings, for a TPU.
+
+    Without one it warns on stderr, at length, before the first word of an answer.
+    """
+    devices = (*glob.glob("/dev/accel*"), *glob.glob("/dev/vfio*"), *glob.glob("/dev/nvidia*"))
+    if "JAX_PLATFORMS" not in os.environ and not devices and importlib.util.find_spec("libtpu"):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
 def _dispatch(argv: list[str]) -> int:
     from mmx.cli import help as pages
 
@@ -131,7 +143,9 @@ def _dispatch(argv: list[str]) -> int:
     if any(arg in ("--help", "-h", "--helpfull", "--helpshort") for arg in argv[1:]):
         print(pages.verb_page(verb, module))
         return 0
-    return module.run(_parse(verb, module, argv[1:])) or 0
+    call = _parse(verb, module, argv[1:])
+    _skip_absent_accelerators()
+    return module.run(call) or 0
 
 
 def _parse(verb: str, module, argv: list[str]) -> Call:

@@ -1,7 +1,5 @@
-"""Tell whether a job fits a pod, how, and at what traffic, without the pod.
-
-The step's real program is compiled for the named accelerators; nothing is run. Exit code 3 means
-that it does not fit.
+"""Tell whether a job fits a pod, how, and at what traffic, without the pod: the real step is
+compiled for it and not run. Exit code 3 says that it does not fit.
 """
 
 import dataclasses

@@ -47,7 +47,7 @@ def test_every_setting_of_our_verbs_is_described():
     (["genrate"], "There is no verb 'genrate'. Verbs are generate, batch, train, convert, inspect, "
                   "plan. Did you mean 'generate'?"),
     (["zzz"], "'mmx --help' tells what each does."),
-    (["generate", "--promt=x"], "mmx generate has no flag '--promt'. Did you mean 'prompt'?"),
+    (["generate", "--promt=x"], "mmx generate has no flag '--promt'. Did you mean '--prompt'?"),
     (["generate", "--prompt"], "--prompt"),
     (["generate", "x"], "does not take the argument x"),
     (["generate", "--temperature=hot"], "--temperature=hot has the wrong type: it takes a number."),
