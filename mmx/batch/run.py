@@ -68,7 +68,7 @@ class Answerer(Protocol):
 def run_batch(start: Callable[[], Answerer], input: Path, output: Path, *,
               sampling: SamplingParams, settings: Mapping[str, Any],
               restart: bool = False, host: int = 0, hosts: int = 1,
-              barrier: Callable[[str], None] | None = None) -> Summary:
+              barrier: Callable[[str], None] | None = None, together: bool = False) -> Summary:
     """Answers each record of a JSON Lines file once, however often the process is killed.
 
     Args:
@@ -83,6 +83,8 @@ def run_batch(start: Callable[[], Answerer], input: Path, output: Path, *,
       host, hosts: this process answers records `i % hosts == host`; host 0 waits for the others'
         journals on the shared file system and merges. Another run may have another `hosts`.
       barrier: waits for all hosts, where they are one job.
+      together: the hosts hold one model between them; all go through every record in step, and
+        host 0 alone keeps the journal.
     Raises UserError for an unreadable input, or an output that belongs to other work. A record that
     cannot be answered is told on stderr with its line and has an error in its place in the output.
     """
@@ -101,13 +103,18 @@ def run_batch(start: Callable[[], Answerer], input: Path, output: Path, *,
         "input_sha256": survey.sha256, "records": survey.count,
         "settings": {**settings, **_sampling_settings(sampling)},
         "started": int(time.time())})
-    mine = range(host, survey.count, hosts)
+    mine = range(survey.count) if together else range(host, survey.count, hosts)
     if output.exists():
         journal.tidy(output)
         return Summary(survey.count, len(mine), 0, 0, 0, 0, 0.0, merged=True)
-    book = journal.Journal(journal.journal_path(output, host))
+    silent = together and host > 0
+    done = journal.finished(output)
+    if together:
+        barrier("read")  # all leave out the same records: none is appended before
+    path = journal.journal_path(output, host)
+    book = _NoJournal() if silent else journal.Journal(path)
     try:
-        run = _Run(start, input, survey, state, sampling, book, journal.finished(output), mine)
+        run = _Run(start, input, survey, state, sampling, book, done, mine)
         run.answer_all()
     except KeyboardInterrupt:
         log.note(f"stopped: {len(journal.finished(output)):,} of {survey.count:,} records are "
@@ -115,7 +122,7 @@ def run_batch(start: Callable[[], Answerer], input: Path, output: Path, *,
         raise
     finally:
         book.close()
-    if host == 0 and hosts > 1:
+    if host == 0 and hosts > 1 and not together:
         _await_hosts(output, survey.count, hosts)
     if barrier:
         barrier("answered")  # none opens a journal after this
@@ -174,6 +181,16 @@ def _await_hosts(output: Path, count: int, hosts: int) -> None:
                 log.note(f"waiting for {count - len(done):,} records of hosts "
                          f"{', '.join(map(str, behind))}")
         time.sleep(0.5)
+
+
+class _NoJournal:
+    """Of a host that answers in step with host 0, which keeps the journal."""
+
+    def append(self, index: int, record: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class _Run:

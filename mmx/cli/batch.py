@@ -79,14 +79,30 @@ def run(call) -> None:
         else:
             log.set_process(host)
         call.announce()
+        together = pod.count > 1 and _spans_processes(settings.mesh)
+        if together and settings.host is not None:
+            raise UserError("--host is for hosts that each hold the whole model.",
+                            f"The mesh '{settings.mesh}' needs the devices of several.",
+                            "Leave out --host, or make the mesh smaller.")
         summary = run_batch(
             lambda: Answers(settings), Path(settings.input), Path(settings.output),
             sampling=sampling_params(settings), restart=settings.restart, host=host, hosts=hosts,
-            barrier=pod.barrier if pod.count > 1 else None,
+            barrier=pod.barrier if pod.count > 1 else None, together=together,
             settings={name: getattr(settings, name) for name in _DETERMINING})
         if host == 0:
             call.save(settings.output + ".config.gin")
         _tell(settings, summary, pod.is_main)
+
+
+def _spans_processes(mesh: str | None) -> bool:
+    """Whether a mesh needs more devices than this process has."""
+    if not mesh:
+        return False
+    import jax
+
+    from mmx.sharding.mesh import parse_mesh
+
+    return parse_mesh(mesh).size > jax.local_device_count()
 
 
 def _tell(settings: BatchSettings, summary, is_main: bool) -> None:

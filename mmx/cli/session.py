@@ -88,7 +88,7 @@ def load(settings) -> models.LM:
 
 
 def _local_mesh(text: str | None):
-    """The mesh within this process: each of several processes holds the whole model."""
+    """The mesh within this process, which then holds the whole model, or over all processes."""
     import jax
 
     if text is None or jax.process_count() == 1:
@@ -98,9 +98,12 @@ def _local_mesh(text: str | None):
     from mmx.sharding.mesh import parse_mesh
 
     mesh, devices = parse_mesh(text), jax.local_devices()
+    if mesh.size == jax.device_count() > len(devices):
+        return mesh
     if mesh.size > len(devices):
-        raise UserError(f"The mesh '{text}' needs {mesh.size} devices.",
-                        f"This process has {len(devices)}, and holds the whole model.",
-                        "Lower its sizes, or start fewer processes with more devices each.")
+        raise UserError(f"The mesh '{text}' has {mesh.size} devices.",
+                        f"A process has {len(devices)}, all together {jax.device_count()}; a model "
+                        "lies over those of one process or over all.",
+                        "Make the product of its sizes one of the two.")
     grid = np.asarray(devices[:mesh.size]).reshape(mesh.devices.shape)
     return jax.sharding.Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types)

@@ -15,7 +15,7 @@ from mmx.config import ModelConfig
 from mmx.engine import memory, sampling
 from mmx.engine.output import Output
 from mmx.engine.request import Event, Request, TokenLogprob
-from mmx.engine.steps import Key, Steps, find_forbidden
+from mmx.engine.steps import Key, Steps, common_mesh, find_forbidden
 from mmx.errors import UserError
 from mmx.nn.wide import widen
 
@@ -72,7 +72,7 @@ class Engine:
         if eos_ids is None:
             eos_ids = (*config.eos_token_ids, *getattr(tokenizer, "eos_ids", ()))
         self.eos_ids = frozenset(eos_ids)
-        mesh = _common_mesh(params)
+        mesh = common_mesh(params)
         wide = jax.default_backend() == "cpu" and mesh is None
         self._steps = Steps(
             config, widen(params) if wide else params, slots, self.kv_dtype, mesh)
@@ -377,12 +377,3 @@ def _logprob(numbers, row: int, token: int, output: Output) -> TokenLogprob | No
     top = zip(numbers.top_ids_BK[row, :count], numbers.top_logprob_BK[row, :count], strict=True)
     return TokenLogprob(token, float(numbers.logprob_B[row]),
                         tuple((int(id_), float(value)) for id_, value in top))
-
-
-def _common_mesh(params):
-    """The parameters' mesh, or None when they lie on one device."""
-    for leaf in jax.tree.leaves(params):
-        sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, jax.sharding.NamedSharding) and sharding.mesh.size > 1:
-            return sharding.mesh
-    return None

@@ -31,7 +31,6 @@ def find_forbidden(params) -> np.ndarray:
     Such a row's logit is exactly 0, which beats negative logits although the id was never
     trained; released checkpoints have dozens of them.
     """
-    @jax.jit
     def zero_rows(head):
         leaves = [leaf for leaf in jax.tree.leaves(head) if jnp.ndim(leaf) == 2]
         rows = leaves[0].shape[0]
@@ -42,7 +41,18 @@ def find_forbidden(params) -> np.ndarray:
                 zero |= jnp.all(leaf == 0, axis=1)
         return zero
 
-    return np.array(zero_rows(params["head/weight"]))
+    mesh = common_mesh(params)
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return np.array(jax.jit(zero_rows, out_shardings=whole)(params["head/weight"]))
+
+
+def common_mesh(params):
+    """The parameters' mesh, or None when they lie on one device."""
+    for leaf in jax.tree.leaves(params):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            return sharding.mesh
+    return None
 
 
 class Steps:

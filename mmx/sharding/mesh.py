@@ -4,6 +4,7 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from mmx.errors import UserError
@@ -13,8 +14,8 @@ def parse_mesh(text: str) -> Mesh:
     """Returns the mesh that `text` describes, for example "tensor=8" or "expert=4,tensor=2".
 
     The axes are laid over the first devices of all processes in their order, the last axis
-    changing fastest. Raises UserError for text of another form, an axis named twice, or more
-    devices than there are.
+    changing fastest; over the whole of a TPU slice as its torus suits. Raises UserError for text
+    of another form, an axis named twice, or more devices than there are.
     """
     axes: dict[str, int] = {}
     for part in text.split(","):
@@ -28,5 +29,10 @@ def parse_mesh(text: str) -> Mesh:
     if need > len(devices):
         raise UserError(f"The mesh '{text}' needs {need} devices.",
                         f"There are {len(devices)}.", "Lower its sizes, or start on more devices.")
-    grid = np.asarray(devices[:need]).reshape(tuple(axes.values()))
+    if devices[0].platform == "tpu" and need == len(devices):
+        # Neighbours on an axis are neighbours on the torus where that can be had.
+        grid = mesh_utils.create_device_mesh(
+            tuple(axes.values()), devices, allow_split_physical_axes=True)
+    else:
+        grid = np.asarray(devices[:need]).reshape(tuple(axes.values()))
     return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))

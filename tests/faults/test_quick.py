@@ -37,3 +37,18 @@ def test_a_batch_of_two_loses_one_and_resumes_alone(tmp_path, capfd):
     assert ids == [f"r{i}" for i in range(RECORDS)]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "in.jsonl", "log", "model", "out.jsonl", "out.jsonl.config.gin", "out.jsonl.state.json"]
+
+
+@pytest.mark.multidevice
+def test_one_model_over_two_processes_answers_as_one(tmp_path, capfd):
+    """Four devices in two processes hold one model; each record once, as from one device."""
+    model = tiny.write_checkpoint(tmp_path / "model", tiny.config(2, 2))
+    records = write_records(tmp_path / "in.jsonl", 12)
+    output, alone = tmp_path / "out.jsonl", tmp_path / "alone.jsonl"
+    argv = ["batch", f"--model={model}", "--slots=4", f"--input={records}"]
+    pod = LocalPod(2, [*argv, f"--output={output}", "--mesh=expert=2,tensor=2"],
+                   tmp_path / "log", devices=2)
+    assert pod.wait(120) == 0, pod.said()
+    assert main([*argv, f"--output={alone}"]) == 0
+    assert output.read_text() == alone.read_text()
+    assert not list(tmp_path.glob("out.jsonl.partial-*"))
