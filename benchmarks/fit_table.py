@@ -55,8 +55,8 @@ TABLE = {
             ("h200:1x8", " --quantize=int8"))
     ],
     "Training on rows of 4,096 tokens, AdamW with float32 moments": [
-        "--pod=v5p:8x8x4 --mode=train --batch=256 --context=4096",
-        "--pod=v5p:16x16x16 --mode=train --batch=4096 --context=4096",
+        "--pod=v5p:8x8x4 --mode=train --batch=64 --context=4096",
+        "--pod=v5p:16x16x16 --mode=train --batch=512 --context=4096",
     ],
 }
 

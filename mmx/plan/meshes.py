@@ -54,8 +54,8 @@ def candidates(job: Job, pod: Pod) -> list[Candidate]:
 
     Experts and heads are shared out; what devices are left over repeat the model for other
     sequences ("data"), or share out time for long prompts ("sequence"). Decoding waits for
-    weights, so thin weights come first; the other modes prefer fewer pieces of the model, as long
-    as it fits.
+    weights, so thin weights come first, and training keeps experts where they are; the other modes
+    prefer fewer pieces of the model, as long as it fits.
     """
     config, found = job.config, []
     inner = pod.devices // pod.slices
@@ -75,7 +75,9 @@ def candidates(job: Job, pod: Pod) -> list[Candidate]:
         # A tenth is kept for temporaries.
         crowded = one.held > 0.9 * limit
         copies = one.axes.get("data", 1)
-        return (crowded, one.held if crowded else 0, copies if job.mode == "decode" else 0,
+        # A step of training gathers what is split over data, and not what lies over experts.
+        few = {"decode": copies, "train": copies}.get(job.mode, 0)
+        return (crowded, one.held if crowded else 0, few,
                 abs(math.log2(tensor / _BEST_TENSOR)), one.held)
 
     return sorted(found, key=order)
