@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 
 from tests.tolerances import bound
@@ -36,6 +38,23 @@ def measure(cases) -> dict[str, float]:
 def test_a_mesh_equals_one_device():
     errors = measure(QUICK)
     assert set(errors) == {"skewed", *QUICK}
+    assert max(errors.values()) <= bound("tiny_logits"), errors
+
+
+@hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
+@hypothesis.given(
+    st.permutations(("data", "sequence", "expert", "tensor")), st.sampled_from((1, 2)),
+    st.sampled_from((1, 2, 4)), st.sampled_from(("decode", "prefill", "long", "train")),
+    st.sampled_from((2, 4)))
+@pytest.mark.slow
+@pytest.mark.multidevice
+def test_any_mesh_shape_equals_one_device(axes, first, second, regime, rows):
+    """Eight devices shared out over any axes, in any regime."""
+    sizes = dict(zip(axes, (first, second, 8 // (first * second)), strict=False))
+    sizes = {name: min(size, 4) for name, size in sizes.items()}
+    order = ("data", "sequence", "expert", "tensor")
+    text = ",".join(f"{name}={sizes[name]}" for name in order if name in sizes)
+    errors = measure([f"{text}/{regime}/{4 if regime == 'train' else rows}"])
     assert max(errors.values()) <= bound("tiny_logits"), errors
 
 

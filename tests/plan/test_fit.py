@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mmx.config import preset
 from mmx.errors import UserError
-from mmx.plan import fit, meshes, report
+from mmx.plan import fit, meshes, report, topology
 from mmx.plan.hlo import Collective
 from mmx.plan.pods import parse_pod
 from mmx.plan.programs import Job, Memory
@@ -18,6 +20,7 @@ from mmx.plan.roofline import Estimate
 from tests import tiny
 
 GIB = 2**30
+CONFIGS = Path(__file__).parents[2] / "configs"
 TEXT01 = preset("text01")
 
 
@@ -119,6 +122,19 @@ def test_the_largest_batch_is_confirmed_by_compiling(monkeypatch):
 def run_plan(*arguments):
     return subprocess.run([sys.executable, "-m", "mmx", "plan", *arguments], capture_output=True,
                           text=True, check=False)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("mesh/*.gin")), ids=lambda path: path.stem)
+def test_shipped_meshes_lie_on_their_pods(path):
+    given = dict(re.findall(r"^(\w+\.\w+) = '(.*)'$", path.read_text(), re.MULTILINE))
+    assert given["plan.mesh"] == given["batch.mesh"] == given["generate.mesh"]
+    pod, axes = parse_pod(given["plan.pod"]), meshes.parse_axes(given["plan.mesh"])
+    assert topology.check_axes(pod, axes) == axes
+    one = meshes.share(Job(TEXT01, batch=32), axes)
+    small = "small" in path.read_text()
+    int8 = meshes.share(Job(TEXT01, batch=32, quantize="int8"), axes)
+    assert small or min(one.held, int8.held) < 0.95 * pod.chip.hbm_gib * GIB
+    assert small or "int8" in path.read_text() or one.held < 0.95 * pod.chip.hbm_gib * GIB
 
 
 def test_mistakes_are_sentences():
