@@ -114,12 +114,14 @@ def verb_module(verb: str):
 
 
 def _skip_absent_accelerators() -> None:
-    """Keeps jax from asking a TPU's driver, which the extra plan-tpu brings, for a TPU.
+    """Keeps jax from asking drivers that the extras of `mmx plan` bring for their devices.
 
-    Without one it warns on stderr, at length, before the first word of an answer.
+    Without any they complain on stderr, at length, before the first word of an answer.
     """
     devices = (*glob.glob("/dev/accel*"), *glob.glob("/dev/vfio*"), *glob.glob("/dev/nvidia*"))
-    if "JAX_PLATFORMS" not in os.environ and not devices and importlib.util.find_spec("libtpu"):
+    drivers = ("libtpu", "jax_cuda13_plugin", "jax_cuda12_plugin")
+    if "JAX_PLATFORMS" not in os.environ and not devices and any(
+            importlib.util.find_spec(name) for name in drivers):
         os.environ["JAX_PLATFORMS"] = "cpu"
 
 
