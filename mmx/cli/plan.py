@@ -57,6 +57,7 @@ def run(call) -> int:
     from mmx.plan import fit, meshes, report
     from mmx.plan.pods import parse_pod
     from mmx.plan.programs import Job
+    from mmx.sharding.mesh import parse_axes
 
     name = settings.model
     config = preset(name) if name in preset_names() else load_config(name)
@@ -65,7 +66,7 @@ def run(call) -> int:
     job = Job(config, settings.mode, batch, settings.context, settings.chunk, settings.dtype,
               settings.quantize, settings.kv_dtype)
     if settings.mesh:
-        chosen = [meshes.share(job, topology.check_axes(pod, meshes.parse_axes(settings.mesh)))]
+        chosen = [meshes.share(job, topology.check_axes(pod, parse_axes(settings.mesh)))]
     else:
         chosen = meshes.candidates(job, pod)[:settings.meshes]
     fits = []

@@ -16,8 +16,6 @@ class Ops:
     names: implementations of "lightning", "softmax", "moe"; automatic where absent.
     """
 
-    mesh = None
-
     def __init__(self, names: Mapping[str, str] = NO_CHOICE):
         self.names = names
 

@@ -112,16 +112,10 @@ def largest(fit: Fit, what: str, told: Callable[[str], None] = lambda text: None
     job, memory = fit.job, fit.memory
     unit = meshes.batch_step(job, fit.axes) if what == "batch" else 1024
     now = getattr(job, what)
-    fixed = memory.weights + memory.optimizer
-    growing = memory.keys_values + memory.temporaries + memory.other
-    if what == "batch":
-        growing += memory.states
-    else:
-        fixed += memory.states
-        # Temporaries of a step do not grow with what a cache holds.
-        growing -= memory.temporaries
-        fixed += memory.temporaries
-    room = fit.limit - fixed
+    growing = memory.keys_values + memory.other
+    if what == "batch":  # what a cache can hold makes neither states nor a step's temporaries grow
+        growing += memory.states + memory.temporaries
+    room = fit.limit - (memory.total - growing)
     if room <= 0 or growing <= 0:
         return None
     guess = int(now * room / growing)

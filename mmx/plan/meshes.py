@@ -9,10 +9,9 @@ from jax.sharding import AbstractMesh, AxisType
 
 from mmx import cache as caches
 from mmx import model, quant
-from mmx.errors import UserError
 from mmx.plan.pods import Pod
 from mmx.plan.programs import Job
-from mmx.sharding.rules import AXES, axes_of, partition
+from mmx.sharding.rules import AXES, partition
 
 # A tensor axis of 8 has one key/value head per device, and its exchanges stay between neighbours.
 _BEST_TENSOR = 8
@@ -34,19 +33,6 @@ class Candidate:
     @property
     def text(self) -> str:
         return ",".join(f"{name}={size}" for name, size in self.axes.items())
-
-
-def parse_axes(text: str) -> dict[str, int]:
-    """Returns the axes that "expert=4,tensor=8" names; raises UserError for another form."""
-    axes: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, size = (word.strip() for word in part.partition("="))
-        if name not in AXES or not size.isdecimal() or int(size) < 1 or name in axes:
-            raise UserError(f"'{text}' does not describe a mesh.",
-                            f"It is AXIS=SIZE with commas; axes are {', '.join(AXES)}.",
-                            "For example 'expert=4,tensor=8'.")
-        axes[name] = int(size)
-    return {name: axes[name] for name in AXES if name in axes}
 
 
 def candidates(job: Job, pod: Pod) -> list[Candidate]:
@@ -111,13 +97,6 @@ def share(job: Job, axes: Mapping[str, int]) -> Candidate:
 def batch_step(job: Job, axes: Mapping[str, int]) -> int:
     """Returns how many sequences a batch grows by to lie evenly over the mesh."""
     return math.prod(axes.get(name, 1) for name in job.rules.batch)
-
-
-def time_parts(job: Job, mesh) -> int:
-    """Returns over how many devices the slots of one sequence's keys lie."""
-    used = axes_of(job.rules, mesh, "batch", job.batch)
-    names = [name for name in job.rules.cache_time if name not in used]
-    return math.prod(mesh.shape.get(name, 1) for name in names)
 
 
 def _parts(spec, mesh) -> int:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmx import cache as caches
 from mmx import model, quant
+from mmx.checkpoint.hf_import import scale_sharding_of
 from mmx.config import ModelConfig
 from mmx.engine import sampling
 from mmx.errors import UserError
@@ -117,17 +118,14 @@ def _params(job: Job, mesh: Mesh):
     shardings = param_shardings(model.param_specs(job.config, job.dtype), mesh, job.rules)
     dtype = "float32" if job.mode == "train" else job.dtype
 
-    def place(leaf, sharding):
+    def place(path, leaf, sharding):
         if not isinstance(leaf, QuantizedTensor):
             return _abstract(leaf, sharding)
-        spec = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
-        kept = P(*(None if n == 1 else part
-                   for n, part in zip(leaf.scale.shape, spec, strict=True)))
-        return QuantizedTensor(_abstract(leaf.values, sharding),
-                               _abstract(leaf.scale, NamedSharding(mesh, kept)))
+        scale = scale_sharding_of(sharding, leaf.shape, quant.contracted_axes(path))
+        return QuantizedTensor(_abstract(leaf.values, sharding), _abstract(leaf.scale, scale))
 
     abstract = quant.abstract_params(job.config, dtype, job.quantize)
-    return {path: place(leaf, shardings[path]) for path, leaf in abstract.items()}
+    return {path: place(path, leaf, shardings[path]) for path, leaf in abstract.items()}
 
 
 def _abstract(leaf, sharding):
@@ -150,10 +148,9 @@ def _serve(job: Job, ops: MeshOps, params):
     cache = jax.tree.map(
         lambda leaf, names: _abstract(leaf, ops.sharding(leaf.shape, *names)), shapes, axes,
         is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct))
-    held = jax.tree.leaves(cache)
-    states = share_bytes([leaf for leaf in held if leaf.ndim == 5 and leaf.dtype == jnp.float32
-                          and leaf.shape[-1] == leaf.shape[-2]])
-    parts = {"states": states, "keys_values": share_bytes(held) - states}
+    memories = [memory for stack in cache.stacks for memory in stack]
+    states = share_bytes([memory for memory in memories if "state" in memory])
+    parts = {"states": states, "keys_values": share_bytes(memories) - states}
 
     def vector(dtype=jnp.int32):
         return jax.ShapeDtypeStruct((job.batch,), dtype, sharding=ops.sharding((job.batch,), None))

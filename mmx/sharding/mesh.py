@@ -10,12 +10,10 @@ from jax.sharding import AxisType, Mesh
 from mmx.errors import UserError
 
 
-def parse_mesh(text: str) -> Mesh:
-    """Returns the mesh that `text` describes, for example "tensor=8" or "expert=4,tensor=2".
+def parse_axes(text: str) -> dict[str, int]:
+    """Returns the sizes by axis that "expert=4,tensor=8" names, in its order.
 
-    The axes are laid over the first devices of all processes in their order, the last axis
-    changing fastest; over the whole of a TPU slice as its torus suits. Raises UserError for text
-    of another form, an axis named twice, or more devices than there are.
+    Raises UserError for text of another form, or an axis named twice.
     """
     axes: dict[str, int] = {}
     for part in text.split(","):
@@ -25,6 +23,17 @@ def parse_mesh(text: str) -> Mesh:
                             "It is AXIS=SIZE, with commas between different axes.",
                             "For example 'tensor=8' or 'expert=4,tensor=2'.")
         axes[name] = int(size)
+    return axes
+
+
+def parse_mesh(text: str) -> Mesh:
+    """Returns the mesh that `text` describes, for example "tensor=8" or "expert=4,tensor=2".
+
+    The axes are laid over the first devices of all processes in their order, the last axis
+    changing fastest; over the whole of a TPU slice as its torus suits. Raises UserError for text
+    of another form, an axis named twice, or more devices than there are.
+    """
+    axes = parse_axes(text)
     need, devices = math.prod(axes.values()), jax.devices()
     if need > len(devices):
         raise UserError(f"The mesh '{text}' needs {need} devices.",

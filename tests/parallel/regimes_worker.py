@@ -14,11 +14,13 @@ import numpy as np
 
 from mmx import cache as caches
 from mmx import model, quant
+from mmx.checkpoint.hf_import import scale_sharding_of
 from mmx.config import LIGHTNING, SOFTMAX
 from mmx.parallel.exchange import all_to_all_experts
 from mmx.parallel.mesh_ops import MeshOps
 from mmx.sharding.mesh import parse_mesh
 from mmx.sharding.rules import REGIMES, param_shardings
+from pallas_kernels.quantized import QuantizedTensor
 from tests.engine.conftest import tiny_model
 from tests.tolerances import peak_ratio
 
@@ -64,16 +66,14 @@ def train(params, ops=None):
 def place(params, mesh, rules):
     shardings = param_shardings(model.param_specs(CONFIG), mesh, rules)
 
-    def put(leaf, sharding):
-        if leaf.ndim and any(n == 1 and part for n, part in zip(
-                leaf.shape, [*sharding.spec, *[None] * leaf.ndim], strict=False)):
-            kept = (None if n == 1 else part for n, part in zip(
-                leaf.shape, [*sharding.spec, *[None] * leaf.ndim], strict=False))
-            sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*kept))
+    def put(path, leaf):
+        sharding = shardings[path]
+        if isinstance(leaf, QuantizedTensor):
+            scale = scale_sharding_of(sharding, leaf.shape, quant.contracted_axes(path))
+            sharding = QuantizedTensor(sharding, scale)
         return jax.device_put(leaf, sharding)
 
-    return {path: jax.tree.map(lambda leaf, s=shardings[path]: put(leaf, s), leaf)
-            for path, leaf in params.items()}
+    return {path: put(path, leaf) for path, leaf in params.items()}
 
 
 def skewed():
