@@ -121,9 +121,12 @@ def sample(logits_BV, forbidden_V, state: SampleState, active_B) -> tuple[Sample
 
 
 def _argmax(logits_BV):
-    ids_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    best_B = jnp.take_along_axis(logits_BV, ids_B[:, None], axis=-1)[:, 0]
-    return jnp.where(jnp.isfinite(best_B), ids_B, -1)  # NaN wins an argmax, so it is seen here
+    # Two plain reductions: XLA's argmax is a scalar loop on a CPU (165 against 19 us at 8 x 4,096).
+    best_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+    vocab = logits_BV.shape[-1]
+    ids_BV = jnp.where(logits_BV == best_B1, jnp.arange(vocab, dtype=jnp.int32), vocab)
+    # A NaN is everyone's maximum, so it is seen here.
+    return jnp.where(jnp.isfinite(best_B1[:, 0]), jnp.min(ids_BV, axis=-1), -1)
 
 
 def _penalise(logits_BV, state, repetition_B, presence_B, frequency_B):

@@ -19,7 +19,8 @@ KEY_BLOCK = 1024
 CPU_SCORES = 1 << 20
 # Past this many static query blocks one compiled loop is better than a long program.
 MAX_STATIC_BLOCKS = 16
-DECODE_BLOCK = 256
+# One block of a decode step on a CPU, whose copies of blocks cost more than idle scores.
+DECODE_BLOCK = 1024
 NEG_INF = -1e30  # finite, so that a fully masked block gives exp(0) · 0 and never NaN
 
 
