@@ -27,6 +27,9 @@ C = 64  # rows of a chunk: those of one warpgroup's matrix instruction
 _WGMMA = plgpu.Layout.WGMMA
 _ROW, _COLUMN = _WGMMA.reduce(1), _WGMMA.reduce(0)  # one value per row, per column
 _TILES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+# Of tiles 64 columns wide, the same bytes as rows one by one: TMA then takes any T, where tiles of
+# 8 rows would need a multiple of 8.
+_ROWS = (plgpu.TilingTransform((1, 64)), plgpu.SwizzleTransform(128))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Config:
     """Tuning choices of one pass; `None` leaves a choice to the shapes.
 
     Attributes:
-      value_splits: blocks per head, each with its share of the value columns.
+      value_splits: blocks per head, each with its share of the value columns: 64 columns where T
+        is no multiple of 8, whatever is asked for.
       stages: depth of the ring of loaded chunks, a multiple of `output_warpgroups`.
       output_warpgroups: warpgroups that take chunks' outputs in turn, 1 or 2.
       sequence_splits: parts of a sequence that run at the same time; more than one costs a second
@@ -75,6 +79,11 @@ class _Shape:
     @property
     def chunks(self) -> int:
         return -(-self.T // C)
+
+    @property
+    def row_copies(self) -> bool:
+        """Whether TMA must see single rows. The interpreter moves logical arrays: never."""
+        return self.T % 8 != 0 and not self.interpret
 
     @property
     def ragged(self) -> bool:
@@ -142,7 +151,9 @@ def run(
 def _shape(config, roles, reverse, samples, lengths, B, T, N, H, interpret) -> _Shape:
     chunks = -(-T // C)
     value_splits = config.value_splits
-    if value_splits is None:
+    if T % 8:
+        value_splits = H // 64
+    elif value_splits is None:
         # Enough blocks for the 132 multiprocessors of an H200 come before the cheaper whole head.
         value_splits = 2 if H == 128 else 1
     blocks = B * N * len(roles) * value_splits
@@ -250,9 +261,16 @@ def _call(shape: _Shape, *, tensors, slopes_N, lengths_B, marks, incoming, inter
         inputs["incoming"] = incoming
     results = {"outgoing": jax.ShapeDtypeStruct((R, B, 1 if shape.outputs else P, N, H, H), f32)}
     tiles = functools.partial(plgpu.SMEM, dtype=bf16, transforms=_TILES)
-    loads = 2 + shape.outputs + shape.samples
+
+    def moved(*dims):  # shared memory that TMA fills or reads
+        if not shape.row_copies:
+            return tiles(dims)
+        return plgpu.RefUnion(tiles(dims), plgpu.SMEM(dims, bf16, transforms=_ROWS))
+
+    halves = H // 64
+    loads = halves * (1 + shape.outputs) + 1 + shape.samples
     scratch = {
-        "k": tiles((stages, C, H)), "v": tiles((stages, C, W)), "decayed": tiles((C, W)),
+        "k": moved(stages * halves, C, 64), "v": moved(stages, C, W), "decayed": tiles((C, W)),
         "full": plgpu.Barrier(num_arrivals=loads, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=1 + shape.outputs, num_barriers=stages),
     }
@@ -263,8 +281,8 @@ def _call(shape: _Shape, *, tensors, slopes_N, lengths_B, marks, incoming, inter
         groups = shape.output_warpgroups
         results |= {f"out{i}": jax.ShapeDtypeStruct((B, T, N, H), bf16) for i in range(R)}
         scratch |= {
-            "q": tiles((stages, C, H)), "out_smem": tiles((groups, C, W)),
-            "states": tiles((2, H, W)),
+            "q": moved(stages * halves, C, 64), "out_smem": moved(groups, C, W),
+            "states": tiles((2 * halves, 64, W)),
             "ready": plgpu.Barrier(num_barriers=2), "free": plgpu.Barrier(num_barriers=2),
         }
         if not shape.scores_in_registers:
@@ -295,7 +313,11 @@ class _Block:
     """The program of one block; a method per kind of warpgroup."""
 
     def __init__(self, shape: _Shape, refs: dict):
-        self.s, self.refs = shape, refs
+        self.s, self.refs, self.tma = shape, refs, refs
+        if shape.row_copies:
+            pairs = {x: tuple(refs[x]) for x in ("q", "k", "v", "out_smem") if x in refs}
+            self.refs = refs | {x: pair[0] for x, pair in pairs.items()}
+            self.tma = refs | {x: pair[1] for x, pair in pairs.items()}
         self.b, self.n = lax.axis_index("batch"), lax.axis_index("head")
         self.part = lax.axis_index("part")
         column = lax.axis_index("column")
@@ -344,8 +366,6 @@ class _Block:
 
     def load(self):
         s, refs = self.s, self.refs
-        everything = pl.ds(0, s.H)
-
         @pl.loop(0, self.count)
         def _(i):
             slot = lax.rem(i, jnp.int32(s.stages))
@@ -356,17 +376,19 @@ class _Block:
             def _():
                 plgpu.barrier_wait(refs["empty"].at[slot])
 
-            def tile(tensor, columns, name):
+            def copy(tensor, columns, target):
                 source = refs[f"x{tensor}"].at[self.b, pl.ds(chunk * C, C), self.n, columns]
-                plgpu.copy_gmem_to_smem(source, refs[name].at[slot], barrier)
+                plgpu.copy_gmem_to_smem(source, target, barrier)
 
             for role, (q, k, v) in enumerate(s.roles):
                 @pl.when(self.role == role)
                 def _(q=q, k=k, v=v):
-                    tile(k, everything, "k")
-                    tile(v, self.columns, "v")
-                    if s.outputs:
-                        tile(q, everything, "q")
+                    for half in range(s.H // 64):
+                        columns = pl.ds(half * 64, 64)
+                        copy(k, columns, self.tma["k"].at[slot * (s.H // 64) + half])
+                        if s.outputs:
+                            copy(q, columns, self.tma["q"].at[slot * (s.H // 64) + half])
+                    copy(v, self.columns, self.tma["v"].at[slot])
 
             if s.samples:
                 plgpu.copy_gmem_to_smem(
@@ -383,11 +405,19 @@ class _Block:
 
     def carry_state(self):
         s, refs = self.s, self.refs
+        halves = range(s.H // 64)  # of the state's rows
+
+        def global_state(name, part, half):
+            return refs[name].at[
+                self.role, self.b, part, self.n, pl.ds(half * 64, 64), self.columns]
+
         if "incoming" in refs:
-            state_ref = refs["incoming"].at[self.role, self.b, self.part, self.n, :, self.columns]
-            state = plgpu.load(state_ref, layout=_WGMMA, optimized=False)
+            state = tuple(
+                plgpu.load(global_state("incoming", self.part, h), layout=_WGMMA, optimized=False)
+                for h in halves)
         else:
-            state = plgpu.layout_cast(jnp.zeros((s.H, s.width), jnp.float32), _WGMMA)
+            zeros = jnp.zeros((64, s.width), jnp.float32)
+            state = tuple(plgpu.layout_cast(zeros, _WGMMA) for _ in halves)
         row = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=_ROW)
 
         def step(i, state):
@@ -398,7 +428,8 @@ class _Block:
                 def _():
                     plgpu.barrier_wait(refs["free"].at[buffer])
 
-                refs["states"][buffer] = state.astype(jnp.bfloat16)
+                for h in halves:
+                    refs["states"][buffer * len(halves) + h] = state[h].astype(jnp.bfloat16)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(refs["ready"].at[buffer])
 
@@ -418,8 +449,10 @@ class _Block:
             decayed = v * lax.broadcast_in_dim(decay_C, v.shape, [0])
             refs["decayed"][...] = decayed.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            state = self.accumulate(state * stays, _transposed(refs["k"].at[slot]),
-                                    refs["decayed"])
+            state = tuple(
+                self.accumulate(state[h] * stays, _transposed(refs["k"].at[slot * len(halves) + h]),
+                                refs["decayed"])
+                for h in halves)
             plgpu.barrier_arrive(refs["empty"].at[slot])
             return state
 
@@ -433,7 +466,9 @@ class _Block:
 
         @pl.when(last)
         def _():
-            refs["outgoing"][self.role, self.b, part, self.n, :, self.columns] = state
+            for h in halves:
+                ref = global_state("outgoing", part, h)
+                ref[...] = state[h]
 
     def write_outputs(self, group, groups):
         s, refs = self.s, self.refs
@@ -442,7 +477,7 @@ class _Block:
         ahead = column - row if s.reverse else row - column
         mask = jnp.where(ahead >= 0, self.decay(jnp.maximum(ahead, 0)), 0.0)
         row_C = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=_ROW)
-        out_smem = refs["out_smem"].at[group]
+        out_smem, halves = refs["out_smem"].at[group], range(s.H // 64)
 
         def store(chunk):
             plgpu.commit_smem()
@@ -451,7 +486,7 @@ class _Block:
                 def _(role=role):
                     target = refs[f"out{role}"].at[
                         self.b, pl.ds(chunk * C, C), self.n, self.columns]
-                    plgpu.copy_smem_to_gmem(out_smem, target)
+                    plgpu.copy_smem_to_gmem(self.tma["out_smem"].at[group], target)
 
         @pl.loop(0, lax.div(self.count - group + (groups - 1), jnp.int32(groups)))
         def _(turn):
@@ -459,15 +494,18 @@ class _Block:
             slot, buffer = lax.rem(i, jnp.int32(s.stages)), lax.rem(i, jnp.int32(2))
             chunk = self.chunk(i)
             rows = self.rows(chunk)
-            q, k, v = (refs[name].at[slot] for name in "qkv")
             plgpu.barrier_wait(refs["full"].at[slot])
             plgpu.barrier_wait(refs["ready"].at[buffer])
 
             def products(scores_acc, inter_acc):
-                plgpu.wgmma(scores_acc, q, _transposed(k))
-                plgpu.wgmma(inter_acc, q, refs["states"].at[buffer])
+                for h in halves:
+                    tile = slot * len(halves) + h
+                    plgpu.wgmma(scores_acc, refs["q"].at[tile], _transposed(refs["k"].at[tile]))
+                for h in halves:
+                    q = refs["q"].at[slot * len(halves) + h]
+                    plgpu.wgmma(inter_acc, q, refs["states"].at[buffer * len(halves) + h])
                 # The scores are masked while the second product still runs.
-                scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
+                scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=len(halves))
                 scores = self.mask(scores, mask, slot, rows, column).astype(jnp.bfloat16)
                 return scores, inter_acc[...]
 
@@ -485,7 +523,7 @@ class _Block:
                 refs["scores"][group] = scores
                 plgpu.commit_smem()
                 scores = refs["scores"].at[group]
-            out = self.accumulate(out, scores, v)
+            out = self.accumulate(out, scores, refs["v"].at[slot])
             plgpu.barrier_arrive(refs["empty"].at[slot])
             if s.lengths:
                 inside = lax.broadcast_in_dim(row_C, out.shape, [0]) < rows
