@@ -25,7 +25,7 @@ ROWS = {
     "mmx.data": 7,
     "mmx.engine": 8, "mmx.train": 8,
     "mmx.batch": 9, "mmx.serve": 9, "mmx.eval": 9, "mmx.rl": 9,
-    "mmx.plan": 10,
+    "mmx.plan": 10, "mmx.bench": 10,
     "mmx.lm": 11, "mmx.cli": 11, "mmx.__main__": 11, "mmx": 11,
 }
 # A row's own order where one module of it builds on another.

@@ -16,6 +16,7 @@ from mmx.errors import UserError, nearest
 #   Settings      frozen dataclass: each field is a flag and a gin parameter `VERB.field`
 #   EXAMPLE       command lines for its help
 #   run(call)     does the work with call.settings and returns the exit code (None is 0)
+#   WORD          optional: the field that the first word after the verb gives
 #   CONFIGURABLES optional: further dataclasses by gin name, for `Settings` fields to refer to
 # and imports nothing heavy at its top: `--help` and a mistyped flag answer before jax is loaded.
 VERBS = {
@@ -25,6 +26,7 @@ VERBS = {
     "convert": "rewrite a checkpoint in another layout, format or precision",
     "inspect": "list the tensors of a checkpoint or preset",
     "plan": "tell whether a job fits a pod, and at what traffic",
+    "bench": "measure kernels, prefill and decode on this machine",
 }
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -154,6 +156,9 @@ def _parse(verb: str, module, argv: list[str]) -> Call:
     from mmx.cli import arguments, bindings
     from mmx.cli.settings import check
 
+    word = getattr(module, "WORD", None)
+    if word and argv and not argv[0].startswith("-"):
+        argv = [f"--{word}={argv[0]}", *argv[1:]]
     parsed = arguments.parse(verb, module.Settings, argv)
     # A gin file may be shared by several verbs, so all their names are known to each.
     for name in VERBS if parsed.gin_files or parsed.gin_params else (verb,):

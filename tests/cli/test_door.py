@@ -45,7 +45,7 @@ def test_every_setting_of_our_verbs_is_described():
 
 @pytest.mark.parametrize("argv, words", [
     (["genrate"], "There is no verb 'genrate'. Verbs are generate, batch, train, convert, inspect, "
-                  "plan. Did you mean 'generate'?"),
+                  "plan, bench. Did you mean 'generate'?"),
     (["zzz"], "'mmx --help' tells what each does."),
     (["generate", "--promt=x"], "mmx generate has no flag '--promt'. Did you mean '--prompt'?"),
     (["generate", "--prompt"], "--prompt"),

@@ -1,0 +1,1 @@
+"""Measurements: kernels against references and ceilings, prefill and decode of one period."""
