@@ -8,3 +8,6 @@ from pallas_kernels.attention.api import attention as attention
 from pallas_kernels.attention.api import partial_attention as partial_attention
 from pallas_kernels.grouped_matmul.api import grouped_matmul as grouped_matmul
 from pallas_kernels.lightning_attention.api import lightning_attention as lightning_attention
+from pallas_kernels.lightning_attention.decode import (
+    lightning_decode_slots as lightning_decode_slots,
+)

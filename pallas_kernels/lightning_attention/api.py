@@ -7,9 +7,18 @@ from pallas_kernels import dispatch
 from pallas_kernels.lightning_attention import reference, xla
 from pallas_kernels.lightning_attention.decode import lightning_decode
 
+
+def _pallas_tpu(*arguments):
+    # Imported where it is used: Pallas would make every start slower.
+    from pallas_kernels.lightning_attention import tpu
+
+    return tpu.lightning_attention(*arguments)
+
+
 _IMPLEMENTATIONS = {
     "reference": reference.lightning_attention,
     "xla": xla.lightning_attention,
+    "pallas_tpu": _pallas_tpu,
 }
 
 
@@ -37,7 +46,9 @@ def lightning_attention(
         decay counts only a sample's own tokens.
       lengths_B: int32 in [0, T]; tokens from `lengths_B[b]` on are padding, which neither decays
         nor enters the state, and whose output is zero.
-      implementation: "reference" (one token at a time), "xla" (chunks of matrix products), or None.
+      implementation: "reference" (one token at a time), "xla" (chunks of matrix products),
+        "pallas_tpu" (the automatic choice on TPU for heads of a multiple of 128; interpreted on a
+        CPU), or None.
 
     Returns:
       Output [B, T, N, H] in q's dtype, and the float32 state [B, N, H, H] after the last token.
@@ -55,8 +66,13 @@ def lightning_attention(
         return lightning_decode(
             q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT=starts_BT, lengths_B=lengths_B
         )
+    on_tpu = dispatch.platform() == "tpu" and H % 128 == 0
     run = dispatch.choose(
-        "lightning_attention", _IMPLEMENTATIONS, implementation, "xla", (B, T, N, H)
+        "lightning_attention",
+        _IMPLEMENTATIONS,
+        implementation,
+        "pallas_tpu" if on_tpu else "xla",
+        (B, T, N, H),
     )
     return run(q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT, lengths_B)
 

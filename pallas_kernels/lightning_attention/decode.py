@@ -35,3 +35,72 @@ def lightning_decode(
         # A sum of products, not a matrix product: fused with the update, the state moves once.
         out_BNH = jnp.sum(q_BNH[..., :, None] * state_BNHH, axis=-2)
     return out_BNH[:, None].astype(q_B1NH.dtype), state_BNHH
+
+
+def lightning_decode_slots(
+    q_BNH: jax.Array,
+    k_BNH: jax.Array,
+    v_BNH: jax.Array,
+    slopes_N: jax.Array,
+    states_PNHH: jax.Array,
+    slots_B: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """One step of the recurrence for B rows whose states lie in a pool of P.
+
+    Args:
+      q_BNH, k_BNH, v_BNH: float32 or bfloat16, one token per row.
+      slopes_N: float32, ≥ 0, per token.
+      states_PNHH: float32 pool; donate it, so that it is updated in place.
+      slots_B: int32 in [0, P), each at most once: where each row's state lies.
+      implementation: "xla", "pallas_tpu" (interpreted on a CPU), or None.
+
+    Returns:
+      Output [B, N, H] in q's dtype, and the pool with the states of `slots_B` one token on.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, or an unknown implementation.
+    """
+    B, N, H = q_BNH.shape
+    if states_PNHH.shape[1:] != (N, H, H) or states_PNHH.dtype != jnp.float32:
+        raise ValueError(
+            f"states_PNHH must be float32 [P, {N}, {H}, {H}]; got {states_PNHH.dtype} "
+            f"{states_PNHH.shape}."
+        )
+    if k_BNH.shape != q_BNH.shape or v_BNH.shape != q_BNH.shape or slots_B.shape != (B,):
+        raise ValueError(
+            f"q, k and v must share one shape [B, N, H] and slots_B be [B]; got {q_BNH.shape}, "
+            f"{k_BNH.shape}, {v_BNH.shape}, {slots_B.shape}."
+        )
+    slopes_N = jnp.asarray(slopes_N, jnp.float32)
+    on_tpu = dispatch.platform() == "tpu" and H % 128 == 0
+    run = dispatch.choose(
+        "lightning_decode_slots",
+        {"xla": _slots_by_xla, "pallas_tpu": _slots_on_tpu},
+        implementation,
+        "pallas_tpu" if on_tpu else "xla",
+        (B, N, H),
+    )
+    return run(q_BNH, k_BNH, v_BNH, slopes_N, states_PNHH, slots_B)
+
+
+def _slots_by_xla(q_BNH, k_BNH, v_BNH, slopes_N, states_PNHH, slots_B):
+    rows = (x[:, None] for x in (q_BNH, k_BNH, v_BNH))
+    out_B1NH, new_BNHH = lightning_decode(*rows, slopes_N, states_PNHH[slots_B])
+    return out_B1NH[:, 0], states_PNHH.at[slots_B].set(new_BNHH, unique_indices=True)
+
+
+def _slots_on_tpu(q_BNH, k_BNH, v_BNH, slopes_N, states_PNHH, slots_B):
+    from pallas_kernels.lightning_attention import pallas_tpu_decode
+
+    platform = dispatch.platform()
+    if platform == "gpu" or q_BNH.shape[-1] % 128:
+        raise ValueError(
+            "lightning_decode_slots' 'pallas_tpu' runs on TPU, and interpreted on CPU, for heads "
+            f"of a multiple of 128; this is a {platform} with heads of {q_BNH.shape[-1]}. "
+            "Pass 'xla' or None."
+        )
+    return pallas_tpu_decode.decode(
+        q_BNH, k_BNH, v_BNH, slopes_N, states_PNHH, slots_B, interpret=platform == "cpu"
+    )
