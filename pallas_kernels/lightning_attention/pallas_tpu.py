@@ -199,8 +199,9 @@ def layout(q_BTNH, starts_BT, lengths_B, blocks: Blocks):
     if starts_BT is not None:
         starts_BT = jnp.pad(starts_BT, ((0, 0), (0, padding)))
         cut = segments(starts_BT, lengths_B, blocks.chunk)
-        bounds = [jnp.broadcast_to(x[..., None], (*x.shape, H)) for x in (cut.first_Bc, cut.last_Bc)]
-        inputs = [cut.ends_BT[:, None], jnp.concatenate(bounds, axis=-1)]
+        first, last = (
+            jnp.broadcast_to(x[..., None], (*x.shape, H)) for x in (cut.first_Bc, cut.last_Bc))
+        inputs = [cut.ends_BT[:, None], jnp.concatenate([first, last], axis=-1)]
     return padding, lengths_B.astype(jnp.int32), ragged, inputs
 
 

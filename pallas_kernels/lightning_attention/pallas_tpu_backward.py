@@ -41,7 +41,8 @@ def _backward_kernel(
 ):
     refs = list(refs)
     packed = (refs.pop(0), refs.pop(0)) if packed else None
-    dq_ref, dk_ref, dv_ref, dfirst_ref, carried_ref, mask_ref, read_ref, write_ref, before_ref = refs
+    dq_ref, dk_ref, dv_ref, dfirst_ref, *refs = refs
+    carried_ref, mask_ref, read_ref, write_ref, before_ref = refs
     b, group, step = (pl.program_id(i) for i in range(3))
     t = pl.num_programs(2) - 1 - step
     C, dtype = blocks.chunk, q_ref.dtype
