@@ -39,7 +39,7 @@ def check(names: Sequence[str], bench: str) -> tuple[str, ...]:
                 raise UserError(f"The peer '{name}' cannot run: the module '{module}' cannot be "
                                 f"imported ({str(error).splitlines()[0] if str(error) else error}"
                                 ").", "A named peer is never left out in silence.",
-                                f"Install it with: {command}") from None
+                                f"Install it: {command}.") from None
     return tuple(names)
 
 

@@ -11,12 +11,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import mmx
 from mmx.bench import floors
 from mmx.bench.floors import Ceilings, Work
 from mmx.bench.timing import Method, Timing
 
-_PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin", "jax-triton",
+_PACKAGES = ("mmx", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin", "jax-triton",
              "triton")
 # Keys that all records of a run share.
 FACTS = ("bench", "model", "command", "commit", "seed", "versions", "device", "method", "geometry",
@@ -102,7 +101,7 @@ def device_kind(device) -> str:
 
 def versions(backend: str, peers: Sequence[str] = ()) -> dict[str, str]:
     """Versions of what takes part; `backend` is the platform's own word (CUDA, libtpu)."""
-    found = {"mmx": mmx.__version__, "python": platform.python_version()}
+    found = {"python": platform.python_version()}
     for name in (*_PACKAGES, *(_PEER_PACKAGES if peers else ())):
         try:
             found[name] = metadata.version(name)
@@ -114,7 +113,7 @@ def versions(backend: str, peers: Sequence[str] = ()) -> dict[str, str]:
 
 def commit() -> str:
     """The git commit of this source tree, marked when files differ; "unknown" outside one."""
-    root = Path(mmx.__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return "unknown"
 

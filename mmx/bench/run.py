@@ -135,7 +135,7 @@ class _Bench:
 
     def finish(self):
         failed = [row for row in self.report.rows if row.get("passed") is False]
-        if self.plan.output is not None:
+        if self.plan.output is not None and self.plan.method.rounds:
             draw(self.report.rows, self.plan.output)
         return self.report, CHECK_FAILED if failed or not self.report.any_measured else 0
 

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import mmx
 from mmx.bench.timing import Method
 from mmx.bench.whole import Job
 from mmx.config import DIALECT_NATIVE, ModelConfig
@@ -42,7 +41,7 @@ def transformers(config: ModelConfig, dtype: str, seed: int, method: Method,
 
 def _lines(command: list[str], stdin: str | None, side: str) -> list[dict]:
     log.note(f"turn of {side} …")
-    places = [str(Path(mmx.__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")]
+    places = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
     done = subprocess.run(command, input=stdin, stdout=subprocess.PIPE, text=True, env=env)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
