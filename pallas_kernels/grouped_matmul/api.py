@@ -1,22 +1,79 @@
-"""Public function of the grouped matrix product and the choice of its implementation."""
+"""Public functions of the grouped matrix product and the choice of its implementation.
+
+On TPU, compiled for v5e, v5p, v6e and tpu7x at [64, 4,096, 65,536 rows] x 32 x [6144, 9216] in
+bfloat16 (compiled, not run): `ragged_dot` writes float32 and casts it (0.14 and 2.25 GiB of
+temporary memory at 4,096 and 65,536 rows), and inside a scan over layers tpu7x lays all weights of
+all layers anew, outside the loop, every step (8.2 GB of weights: 7.6 GiB of temporary memory).
+`megablox` and `pallas_tpu` need neither. int8 weights are cast to bfloat16 in main memory in front
+of the first two (three times their bytes written and read), inside the kernel by `pallas_tpu`.
+So: bfloat16 by `megablox`, int8 and weights inside a stack by `pallas_tpu`, float32 by
+`ragged_dot`. On GPU `ragged_dot`, until `mosaic_gpu` is measured.
+"""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import reference, xla
-from pallas_kernels.quantized import QuantizedTensor
+from pallas_kernels.grouped_matmul.stacked import Stacked, cut
+from pallas_kernels.quantized import QuantizedTensor, dequantize
+
+
+# Kernels are imported where they are chosen: Pallas takes as long to import as the rest of jax.
+def _megablox(x_MD, w_EDF, group_sizes_E):
+    from pallas_kernels.grouped_matmul import megablox
+
+    _refuse_gpu("megablox")
+    return megablox.grouped_matmul(x_MD, w_EDF, group_sizes_E)
+
+
+def _mosaic_gpu(x_MD, w_EDF, group_sizes_E):
+    from pallas_kernels.grouped_matmul import mosaic_gpu
+
+    return mosaic_gpu.grouped_matmul(x_MD, w_EDF, group_sizes_E)
+
+
+@jax.custom_vjp
+def _pallas_tpu(x_MD, w_EDF, group_sizes_E):
+    from pallas_kernels.grouped_matmul import pallas_tpu
+
+    _refuse_gpu("pallas_tpu")
+    return pallas_tpu.grouped_matmul(x_MD, w_EDF, group_sizes_E)
+
+
+def _pallas_tpu_forward(x_MD, w_EDF, group_sizes_E):
+    return _pallas_tpu(x_MD, w_EDF, group_sizes_E), (x_MD, w_EDF, group_sizes_E)
+
+
+def _pallas_tpu_backward(residuals, grad_MF):
+    x_MD, w_EDF, group_sizes_E = residuals
+    if isinstance(w_EDF, Stacked):
+        raise ValueError("Weights inside a stack have no gradient: `cut` them in training.")
+    plain = dequantize(w_EDF, x_MD.dtype)
+    _, back = jax.vjp(lambda x, w: _megablox(x, w, group_sizes_E), x_MD, plain)
+    grad_x, grad_w = back(grad_MF)
+    if isinstance(w_EDF, QuantizedTensor):
+        grad_w = QuantizedTensor(np.zeros(w_EDF.shape, jax.dtypes.float0),
+                                 jnp.zeros_like(w_EDF.scale))
+    return grad_x, grad_w, None
+
+
+_pallas_tpu.defvjp(_pallas_tpu_forward, _pallas_tpu_backward)
 
 _IMPLEMENTATIONS = {
     "reference": reference.grouped_matmul,
     "ragged_dot": xla.ragged_dot,
     "tiled": xla.tiled,
+    "megablox": _megablox,
+    "pallas_tpu": _pallas_tpu,
+    "mosaic_gpu": _mosaic_gpu,
 }
 
 
 def grouped_matmul(
     x_MD: jax.Array,
-    w_EDF: jax.Array | QuantizedTensor,
+    w_EDF: jax.Array | QuantizedTensor | Stacked,
     group_sizes_E: jax.Array,
     *,
     implementation: str | None = None,
@@ -26,17 +83,22 @@ def grouped_matmul(
     Args:
       x_MD: float32 or bfloat16 rows, sorted by group.
       w_EDF: one matrix per group, of x's dtype, or int8 with a scale per output column, which is
-        applied to the product.
+        applied to the product; or such weights inside a stack of layers.
       group_sizes_E: int32 rows per group, zeros allowed; rows beyond their sum give zeros.
       implementation: "reference" (every product, then a choice), "ragged_dot"
         (`jax.lax.ragged_dot`), "tiled" (one batched product over row tiles of one group each; the
-        automatic choice on CPU, where ragged_dot runs 40 times slower), or None.
+        automatic choice on CPU, where ragged_dot runs 40 times slower), "megablox" (JAX's kernel
+        for TPU), "pallas_tpu" (ours: weights are read once, where they lie, int8 as int8),
+        "mosaic_gpu" (JAX's kernel for Hopper, bfloat16, forward only), or None. The kernels for
+        TPU are interpreted on a CPU.
 
     Returns:
-      [M, F] in x's dtype, summed in float32. Differentiable in x and w.
+      [M, F] in x's dtype, summed in float32. Differentiable in x and plain w, by "pallas_tpu" not
+      in w's scale, and not through a stack.
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown implementation.
+      ValueError: shapes that do not fit, or an unknown implementation, or one that does not take
+        these arguments here.
     """
     if x_MD.ndim != 2 or w_EDF.ndim != 3 or x_MD.shape[1] != w_EDF.shape[1]:
         raise ValueError(f"x [M, D] and w [E, D, F] must share D; got {x_MD.shape}, {w_EDF.shape}.")
@@ -44,12 +106,76 @@ def grouped_matmul(
         raise ValueError(
             f"group_sizes_E must have shape {w_EDF.shape[:1]}; got {group_sizes_E.shape}."
         )
-    default = "tiled" if dispatch.platform() == "cpu" else "ragged_dot"
     run = dispatch.choose(
-        "grouped_matmul", _IMPLEMENTATIONS, implementation, default, (x_MD.shape, w_EDF.shape)
+        "grouped_matmul", _IMPLEMENTATIONS, implementation, _default(x_MD, w_EDF),
+        (x_MD.shape, w_EDF.shape),
     )
+    if run is _pallas_tpu:
+        return run(x_MD, w_EDF, group_sizes_E)
+    w_EDF = cut(w_EDF)
     if not isinstance(w_EDF, QuantizedTensor):
         return run(x_MD, w_EDF, group_sizes_E).astype(x_MD.dtype)
     out_MF = run(x_MD, w_EDF.values.astype(x_MD.dtype), group_sizes_E)
     group_M = xla.group_of_row(group_sizes_E, x_MD.shape[0])
     return (out_MF * jnp.take(w_EDF.scale[:, 0], group_M, axis=0)).astype(x_MD.dtype)
+
+
+def grouped_swiglu(
+    x_MD: jax.Array,
+    w_2EDF: jax.Array | QuantizedTensor | Stacked,
+    group_sizes_E: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """SiLU(x · gate) · (x · up) with a gate and an up matrix per group, as one product.
+
+    Args:
+      w_2EDF: gate and up, as `grouped_matmul` takes weights; int8 scales are [2, E, 1, F].
+      implementation: "pallas_tpu" (one kernel; the products themselves stay on the chip; forward
+        only; the automatic choice on TPU) or a name of `grouped_matmul`, for two products, or None.
+
+    Returns:
+      [M, F] in x's dtype; rows beyond the groups may hold anything.
+
+    Raises:
+      ValueError: as `grouped_matmul`.
+    """
+    if w_2EDF.ndim != 4 or w_2EDF.shape[0] != 2:
+        raise ValueError(f"w must be [2, E, D, F]; got {w_2EDF.shape}.")
+    if implementation is None and dispatch.platform() == "tpu" and fused_fits(x_MD, w_2EDF):
+        implementation = "pallas_tpu"
+    if implementation == "pallas_tpu":
+        from pallas_kernels.grouped_matmul import pallas_tpu
+
+        _refuse_gpu("pallas_tpu")
+        return pallas_tpu.grouped_swiglu(x_MD, w_2EDF, group_sizes_E)
+    gate, up = (
+        grouped_matmul(x_MD, jax.tree.map(lambda w, c=c: w[c], cut(w_2EDF)), group_sizes_E,
+                       implementation=implementation).astype(jnp.float32)
+        for c in range(2)
+    )
+    return (jax.nn.silu(gate) * up).astype(x_MD.dtype)
+
+
+def fused_fits(x_MD, w) -> bool:
+    """Whether "pallas_tpu" takes these shapes on the TPU at hand; w may be a pair."""
+    from pallas_kernels.grouped_matmul import pallas_tpu
+
+    E, D, F = w.shape[-3:]
+    return pallas_tpu.fits(x_MD.shape[0], w.ndim - 2, E, D, F, x_MD.dtype, w.dtype)
+
+
+def _default(x_MD, w_EDF) -> str:
+    platform = dispatch.platform()
+    if platform == "tpu":
+        plain = not isinstance(w_EDF, QuantizedTensor | Stacked)
+        if not plain and fused_fits(x_MD, w_EDF):
+            return "pallas_tpu"
+        return "megablox" if x_MD.dtype == jnp.bfloat16 else "ragged_dot"
+    return "tiled" if platform == "cpu" else "ragged_dot"
+
+
+def _refuse_gpu(name: str) -> None:
+    if dispatch.platform() == "gpu":
+        raise ValueError(f"grouped_matmul '{name}' runs on a TPU, and is interpreted on a CPU. "
+                         "Pass 'mosaic_gpu', 'ragged_dot' or None.")

@@ -15,8 +15,10 @@ M, D, F, E = 300, 24, 40, 5
 SIZES = {
     "even": (60,) * E, "empty groups": (0, 200, 0, 100, 0), "all in one": (0, 0, M, 0, 0),
     "first and last": (1, 0, 0, 0, 299), "rows left over": (10, 0, 128, 1, 0), "none": (0,) * E,
-    "tile edges": (128, 0, 129, 43, 0)}
-NAMES = ("reference", "ragged_dot", "tiled", None)
+    "tile edges": (128, 0, 129, 43, 0),
+    "skewed": tuple(np.random.default_rng(2).multinomial(
+        M, np.random.default_rng(2).dirichlet(np.full(E, 0.3))).tolist())}
+NAMES = ("reference", "ragged_dot", "tiled", "megablox", "pallas_tpu", None)
 forms = {name: jax.jit(partial(grouped_matmul, implementation=name)) for name in NAMES}
 
 
@@ -60,7 +62,7 @@ def gradients(x, w, sizes, weight, form):
     return jax.grad(scalar, argnums=(0, 1))(x, w)
 
 
-@pytest.mark.parametrize("form", ("ragged_dot", "tiled"))
+@pytest.mark.parametrize("form", ("ragged_dot", "tiled", "megablox", "pallas_tpu"))
 @pytest.mark.parametrize("name", ("empty groups", "rows left over"))
 def test_gradients_equal_the_reference(form, name):
     x, w = draw()
@@ -85,8 +87,8 @@ def test_int8_weights_equal_their_dequantised_product(form):
 
 def test_named_implementation_works_or_raises():
     x, w = draw()
-    with pytest.raises(ValueError, match=r"no implementation 'megablox'.*ragged_dot, reference"):
-        grouped_matmul(x, w, jnp.array(SIZES["even"]), implementation="megablox")
+    with pytest.raises(ValueError, match=r"no implementation 'cutlass'.*ragged_dot, reference"):
+        grouped_matmul(x, w, jnp.array(SIZES["even"]), implementation="cutlass")
 
 
 def test_arguments_that_do_not_fit_are_refused():

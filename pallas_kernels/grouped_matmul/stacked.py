@@ -1,0 +1,65 @@
+"""A layer's weight as a place in the stack of all layers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.quantized import QuantizedTensor
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """The weight `whole[index]`, not cut out yet.
+
+    A scan over layers cuts each layer's weights out of their stack. XLA fuses that cut into its own
+    products; in front of a kernel it copies the layer, which reads and writes all experts where few
+    are hit. A kernel that is given the stack and a number reads it where it lies.
+
+    Attributes:
+      whole: all layers' weights [R, ...], or a QuantizedTensor of them.
+      index: int32 scalar.
+    """
+
+    whole: jax.Array | QuantizedTensor
+    index: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one layer's weight."""
+        return self.whole.shape[1:]
+
+    @property
+    def ndim(self) -> int:
+        return self.whole.ndim - 1
+
+    @property
+    def dtype(self):
+        return self.whole.dtype
+
+    def __getitem__(self, index):
+        """Returns itself for `[...]`, the way modules read a parameter."""
+        if index is not ...:
+            raise TypeError("A Stacked is indexed by [...] alone; `cut` it.")
+        return self
+
+
+def cut(weight):
+    """Returns the layer's own weight, copied where XLA has to; others as they are."""
+    if not isinstance(weight, Stacked):
+        return weight
+    return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, weight.index, keepdims=False), weight.whole)
+
+
+def stack(weight):
+    """Returns (values [R, ...], scale [R, ...] or None, index [1]) for any kind of weight."""
+    if isinstance(weight, Stacked):
+        whole, index = weight.whole, weight.index
+    else:
+        whole, index = jax.tree.map(lambda leaf: leaf[None], weight), 0
+    index = jnp.asarray(index, jnp.int32).reshape(1)
+    if isinstance(whole, QuantizedTensor):
+        return whole.values, whole.scale, index
+    return whole, None, index
