@@ -2,13 +2,17 @@
 
 import jax
 
-from pallas_kernels import dispatch
-from pallas_kernels.attention import reference, xla
+from pallas_kernels import dispatch, tuning
+from pallas_kernels.attention import cudnn, pallas_tpu, reference, splash, xla
 
 _IMPLEMENTATIONS = {
     "reference": reference.attention,
     "xla": xla.attention,
+    "splash": splash.attention,
+    "pallas_tpu": pallas_tpu.attention,
+    "cudnn": cudnn.attention,
 }
+_PARTIAL = {"xla": xla.partial_attention, "pallas_tpu": pallas_tpu.partial_attention}
 
 
 def attention(
@@ -32,13 +36,17 @@ def attention(
         query may hold anything finite.
       samples_BT: int32 sample number per token for packed rows (T = S, no offsets): tokens attend
         within their sample only.
-      implementation: "reference" (all scores at once), "xla" (blocks), or None.
+      implementation: "reference" (all scores at once), "xla" (blocks), "splash" (TPU, no offsets),
+        "pallas_tpu" (TPU, any offsets, forward only), "cudnn" (NVIDIA, bfloat16, not packed), or
+        None. A CPU interprets the TPU's kernels, slowly. Not to be called with sharded operands
+        outside `jax.shard_map`, where a kernel would have to be split.
 
     Returns:
       Output [B, T, N, H] in q's dtype. Differentiable in q, k and v when `offsets_B` is None.
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown implementation.
+      ValueError: shapes that do not fit, or an implementation that is unknown or does not take
+        these arguments or this platform.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -51,8 +59,24 @@ def attention(
         raise ValueError("samples_BT is for packed rows without a cache: T = S, no offsets_B.")
     if offsets_B is None and S < T:
         raise ValueError(f"{T} queries need at least as many keys; got {S}.")
-    run = dispatch.choose("attention", _IMPLEMENTATIONS, implementation, "xla", (B, T, S, N, K, H))
+    automatic = implementation or _automatic(q_BTNH, k_BSKH, offsets_B, samples_BT)
+    run = dispatch.choose("attention", _IMPLEMENTATIONS, implementation, automatic,
+                          (B, T, S, N, K, H))
     return run(q_BTNH, k_BSKH, v_BSKH, offsets_B, samples_BT)
+
+
+def _automatic(q_BTNH, k_BSKH, offsets_B, samples_BT) -> str:
+    """The kernels take heads of any size; they were compiled for whole lanes, and known chips."""
+    platform, T, H = dispatch.platform(), q_BTNH.shape[1], q_BTNH.shape[-1]
+    if platform == "tpu" and H % 128 == 0 and tuning.chip():
+        if offsets_B is not None:
+            return "xla" if pallas_tpu.refusal(q_BTNH, k_BSKH, samples_BT) else "pallas_tpu"
+        # A shorter row would be padded to 128.
+        if T >= 128 and splash.refusal(q_BTNH, k_BSKH, offsets_B) is None:
+            return "splash"
+    if platform == "gpu" and cudnn.suits(q_BTNH, k_BSKH, offsets_B, samples_BT):
+        return "cudnn"
+    return "xla"
 
 
 def partial_attention(
@@ -63,6 +87,7 @@ def partial_attention(
     offsets_B: jax.Array,
     stride: int = 1,
     phase: jax.Array | int = 0,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One device's share of an attention whose keys lie on several.
 
@@ -72,5 +97,14 @@ def partial_attention(
 
     Returns:
       weighted values [B, T, N, H], their total weight [B, T, N] and peak score [B, T, N], float32.
+
+    Raises:
+      ValueError: an implementation other than "xla", "pallas_tpu" and None, or one that does not
+        take these arguments or this platform.
     """
-    return xla.partial_attention(q_BTNH, k_BSKH, v_BSKH, offsets_B, stride, phase)
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    automatic = implementation or _automatic(q_BTNH, k_BSKH, offsets_B, None)
+    run = dispatch.choose("partial_attention", _PARTIAL, implementation, automatic,
+                          (B, T, S, N, K, H))
+    return run(q_BTNH, k_BSKH, v_BSKH, offsets_B, stride, phase)

@@ -110,7 +110,7 @@ def test_large_scores_do_not_overflow():
 
 def test_named_implementation_works_or_raises():
     q, k, v = draw(8, 8, "mha")
-    with pytest.raises(ValueError, match=r"no implementation 'flash'.*reference, xla"):
+    with pytest.raises(ValueError, match=r"no implementation 'flash'.*reference, splash, xla"):
         attention(q, k, v, implementation="flash")
 
 
