@@ -15,10 +15,17 @@ def _pallas_tpu(*arguments):
     return tpu.lightning_attention(*arguments)
 
 
+def _mosaic_gpu(*arguments):
+    from pallas_kernels.lightning_attention import gpu
+
+    return gpu.lightning_attention(*arguments)
+
+
 _IMPLEMENTATIONS = {
     "reference": reference.lightning_attention,
     "xla": xla.lightning_attention,
     "pallas_tpu": _pallas_tpu,
+    "mosaic_gpu": _mosaic_gpu,
 }
 
 
@@ -48,7 +55,7 @@ def lightning_attention(
         nor enters the state, and whose output is zero.
       implementation: "reference" (one token at a time), "xla" (chunks of matrix products),
         "pallas_tpu" (the automatic choice on TPU for heads of a multiple of 128; interpreted on a
-        CPU), or None.
+        CPU), "mosaic_gpu" (Hopper, bfloat16; by name only until it has been measured), or None.
 
     Returns:
       Output [B, T, N, H] in q's dtype, and the float32 state [B, N, H, H] after the last token.

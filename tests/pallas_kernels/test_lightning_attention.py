@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import lightning_attention
+from pallas_kernels import dispatch, lightning_attention
 from tests.reference import lightning as f64
 from tests.tolerances import assert_close
 
@@ -201,3 +201,12 @@ def test_arguments_that_do_not_fit_are_refused(change, message):
         slopes = slopes[:3]
     with pytest.raises(ValueError, match=message):
         lightning_attention(q, k, v, slopes, state)
+
+
+@pytest.mark.parametrize("dtype, H, target, message", [
+    ("bfloat16", 128, "cpu", "this is a cpu"), ("float32", 128, "gpu", "got float32 and 128"),
+    ("bfloat16", 32, "gpu", "got bfloat16 and 32")], ids=str)
+def test_what_the_hopper_kernels_cannot_do_is_a_sentence(dtype, H, target, message):
+    x = jnp.zeros((1, 8, 2, H), dtype)
+    with dispatch.compiling_for(target), pytest.raises(ValueError, match=message):
+        lightning_attention(x, x, x, np.ones(2), implementation="mosaic_gpu")
