@@ -5,9 +5,8 @@ gradient of the state after it (arXiv 2501.08313 §2.2, differentiated):
 
     dQ = P K + λ^(r+1) dO Sᵀ       dK = Pᵀ Q + λ^(C-1-c) V Rᵀ       dV = Aᵀ dO + λ^(C-1-c) K R
 
-S of each block was saved by the forward pass (a state per block: 1/16 of q at 2,048 tokens of
-float32 states), those of its chunks are rebuilt, so that q, k, v and dO are read once for all
-three gradients.
+S of each block was saved by the forward pass (1/8 of the bytes of q at 2,048 tokens a block), those
+of its chunks are rebuilt, so that q, k, v and dO are read once for all three gradients.
 
 Compiled for v5e, v5p, v6e and tpu7x and run by the interpreter; not run on a TPU.
 """
