@@ -14,7 +14,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.lightning_attention.mosaic_gpu_block import ROWS, TILES, Block, C, Shape
+from pallas_kernels.lightning_attention.mosaic_gpu_block import (
+    MARKS,
+    ROWS,
+    TILES,
+    Block,
+    C,
+    Shape,
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -24,18 +32,21 @@ class Config:
       value_splits: blocks per head, each with its share of the value columns: 64 columns where T
         is no multiple of 8, whatever is asked for.
       stages: depth of the ring of loaded chunks, a multiple of `output_warpgroups`.
-      output_warpgroups: warpgroups that take chunks' outputs in turn, 1 or 2.
+      output_warpgroups: warpgroups that take chunks' outputs in turn, 1 or 2. Two of them with 128
+        columns each run out of registers.
       sequence_splits: parts of a sequence that run at the same time; more than one costs a second
         reading of k and v for the states between the parts.
       scores_in_registers: hand the masked scores to the second product without shared memory.
+      queries_in_registers: read q from shared memory once for both of its products.
       joint: gradients in k and v at once, so that they share what they read through L2.
     """
 
     value_splits: int | None = None
     stages: int | None = None
-    output_warpgroups: int = 2
+    output_warpgroups: int | None = None
     sequence_splits: int | None = None
     scores_in_registers: bool = True
+    queries_in_registers: bool = False
     joint: bool = True
 
 
@@ -74,15 +85,19 @@ def run(
     Returns the outputs and the outgoing states, a tuple of one per role each.
     """
     B, T, N, H = tensors[0].shape
-    if any(x.dtype != jnp.bfloat16 for x in tensors):
-        raise ValueError(
-            f"the Mosaic GPU kernel takes bfloat16; got {tensors[0].dtype}. "
-            "Cast q, k and v, or use implementation='xla' for float32."
-        )
+    for x in tensors:
+        if x.dtype != jnp.bfloat16:
+            raise ValueError(
+                f"the Mosaic GPU kernel takes bfloat16; got {x.dtype}. "
+                "Cast q, k and v, or use implementation='xla' for float32."
+            )
     if H not in (64, 128):
         raise ValueError(
             f"the Mosaic GPU kernel takes heads of 64 or 128; got {H}. Use implementation='xla'."
         )
+    if reverse and lengths_B is not None and samples_BT is None:
+        # Here padding lies ahead of the tokens: it must be told from them, as another sample is.
+        samples_BT = jnp.zeros((B, T), jnp.int32)
     shape = _choose(config or Config(), roles, reverse, samples_BT is not None,
                    lengths_B is not None, B, T, N, H, bool(interpret))
     slopes_N = jnp.asarray(slopes_N, jnp.float32)
@@ -111,8 +126,9 @@ def _choose(config, roles, reverse, samples, lengths, B, T, N, H, interpret) -> 
         # Whole parts of at least 16 chunks, and as many as still run at once.
         parts = max(1, min(132 // blocks, chunks // 16))
     chunks_per_part = -(-chunks // parts)
-    output_warpgroups = config.output_warpgroups
-    stages = config.stages or (4 if H // value_splits == 64 else 2)
+    narrow = H // value_splits <= 64
+    output_warpgroups = config.output_warpgroups or (2 if narrow else 1)
+    stages = config.stages or (4 if narrow else 2)
     if H % (64 * value_splits) or output_warpgroups not in (1, 2) or stages % output_warpgroups:
         raise ValueError(
             f"{config}: value_splits must leave 64 or 128 columns of {H}, output_warpgroups be 1 "
@@ -123,7 +139,8 @@ def _choose(config, roles, reverse, samples, lengths, B, T, N, H, interpret) -> 
         H=H, parts=-(-chunks // chunks_per_part), chunks_per_part=chunks_per_part,
         value_splits=value_splits, stages=stages, output_warpgroups=output_warpgroups,
         # The interpreter knows matrix products of shared memory only.
-        scores_in_registers=config.scores_in_registers and not interpret, interpret=interpret,
+        scores_in_registers=config.scores_in_registers and not interpret,
+        queries_in_registers=config.queries_in_registers and not interpret, interpret=interpret,
     )
 
 
@@ -149,14 +166,18 @@ def _boundaries(samples_BT, lengths_B, first_c, last_c, reverse):
 
 
 def _marks(samples_BT, lengths_B, reverse):
-    """int32 [B, chunks, 2C]: a chunk's samples, then those of its incoming and outgoing state."""
+    """int32 [B, chunks, MARKS]: samples of a chunk twice, of its incoming and outgoing state."""
     B, T = samples_BT.shape
     chunks = -(-T // C)
     first_c = jnp.arange(chunks, dtype=jnp.int32) * C
     source, target = _boundaries(samples_BT, lengths_B, first_c, first_c + C, reverse)
-    padded = jnp.pad(samples_BT.astype(jnp.int32), ((0, 0), (0, -T % C)))
-    edges = jnp.pad(jnp.stack([source, target], axis=-1), ((0, 0), (0, 0), (0, C - 2)))
-    return jnp.concatenate([padded.reshape(B, chunks, C), edges.astype(jnp.int32)], axis=-1)
+    # Padding is of no sample: no token meets it.
+    inside_BT = jnp.arange(T) < _valid_lengths(lengths_B, B, T)[:, None]
+    samples = jnp.where(inside_BT, samples_BT, -1)
+    samples = jnp.pad(samples, ((0, 0), (0, -T % C))).reshape(B, chunks, C)
+    edges = jnp.stack([source, target], axis=-1)
+    edges = jnp.pad(edges, ((0, 0), (0, 0), (0, MARKS - 2 * C - 2)))
+    return jnp.concatenate([samples, samples, edges], axis=-1).astype(jnp.int32)
 
 
 def _prefix(local, incoming, slopes_N, samples_BT, lengths_B, shape: Shape):
@@ -224,7 +245,7 @@ def _call(shape: Shape, *, tensors, slopes_N, lengths_B, marks, incoming, interp
         "empty": plgpu.Barrier(num_arrivals=1 + shape.outputs, num_barriers=stages),
     }
     if shape.samples:
-        scratch["marks_smem"] = plgpu.SMEM((stages, 2 * C), jnp.int32)
+        scratch["marks_smem"] = plgpu.SMEM((stages, MARKS), jnp.int32)
     groups = 0
     if shape.outputs:
         groups = shape.output_warpgroups

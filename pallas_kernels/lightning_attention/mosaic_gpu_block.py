@@ -14,6 +14,7 @@ are ≤ 0: the decayed mask is never factored into λ^r and λ^-c, which overflo
 """
 
 import dataclasses
+import inspect
 
 import jax.numpy as jnp
 from jax import lax
@@ -21,6 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 C = 64  # rows of a chunk: those of one warpgroup's matrix instruction
+# Integers per chunk of packed samples: each row's sample twice (one load has one layout), those of
+# the incoming and the outgoing state, and what makes TMA's 128 bytes whole.
+MARKS = 2 * C + 32
 _WGMMA = plgpu.Layout.WGMMA
 _ROW, _COLUMN = _WGMMA.reduce(1), _WGMMA.reduce(0)  # one value per row, per column
 TILES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -46,6 +50,7 @@ class Shape:
     stages: int
     output_warpgroups: int
     scores_in_registers: bool
+    queries_in_registers: bool
     interpret: bool
 
     @property
@@ -90,22 +95,24 @@ class Block:
     def run(self):
         group = lax.axis_index("warpgroup")
         groups = self.s.output_warpgroups if self.s.outputs else 0
-        registers = {0: 232, 1: 208, 2: 152}[groups]
+        # The warpgroups share 65,536 registers, 512 for each of the 128 threads in one. Fewer for the
+        # loader make it spill.
+        output, state, load = {0: (0, 232, 40), 1: (232, 232, 40), 2: (160, 152, 40)}[groups]
 
         if self.s.outputs:
             @pl.when(group < groups)
             def _():
-                plgpu.set_max_registers(registers, action="increase")
+                plgpu.set_max_registers(output, action="increase")
                 self.write_outputs(group, groups)
 
         @pl.when(group == groups)
         def _():
-            plgpu.set_max_registers(registers, action="increase")
+            plgpu.set_max_registers(state, action="increase")
             self.carry_state()
 
         @pl.when(group == groups + 1)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(load, action="decrease")
             self.load()
 
     def chunk(self, i):
@@ -171,7 +178,7 @@ class Block:
 
         if "incoming" in refs:
             state = tuple(
-                plgpu.load(global_state("incoming", self.part, h), layout=_WGMMA, optimized=False)
+                load(global_state("incoming", self.part, h), layout=_WGMMA, optimized=False)
                 for h in halves)
         else:
             zeros = jnp.zeros((64, s.width), jnp.float32)
@@ -196,21 +203,19 @@ class Block:
             enters, stays = row < rows, self.decay(jnp.asarray(rows, jnp.int32))
             if s.samples:
                 marks = refs["marks_smem"].at[slot]
-                source, target = marks[C], marks[C + 1]
-                samples = plgpu.load(marks.at[pl.ds(0, C)], layout=_ROW, optimized=False)
+                source, target = marks[2 * C], marks[2 * C + 1]
+                samples = load(marks.at[pl.ds(0, C)], layout=_ROW, optimized=False)
                 enters = enters & (samples == target)
                 stays = jnp.where(source == target, stays, 0.0)
             decay_C = self.decay(distance)
             if s.samples or s.ragged:
                 decay_C = jnp.where(enters, decay_C, 0.0)
-            v = plgpu.load(refs["v"].at[slot], layout=_WGMMA).astype(jnp.float32)
+            v = load(refs["v"].at[slot], layout=_WGMMA).astype(jnp.float32)
             decayed = v * lax.broadcast_in_dim(decay_C, v.shape, [0])
             refs["decayed"][...] = decayed.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            state = tuple(
-                self.accumulate(state[h] * stays, _transposed(refs["k"].at[slot * len(halves) + h]),
-                                refs["decayed"])
-                for h in halves)
+            keys = [_transposed(refs["k"].at[slot * len(halves) + h]) for h in halves]
+            state = self.accumulate([state[h] * stays for h in halves], keys, refs["decayed"])
             plgpu.barrier_arrive(refs["empty"].at[slot])
             return state
 
@@ -253,18 +258,21 @@ class Block:
             chunk = self.chunk(i)
             rows = self.rows(chunk)
             plgpu.barrier_wait(refs["full"].at[slot])
+            tiles = [slot * len(halves) + h for h in halves]
+            queries = [refs["q"].at[tile] for tile in tiles]
+            if s.queries_in_registers:
+                queries = [load(q, layout=_WGMMA) for q in queries]
             plgpu.barrier_wait(refs["ready"].at[buffer])
 
             def products(scores_acc, inter_acc):
                 for h in halves:
-                    tile = slot * len(halves) + h
-                    plgpu.wgmma(scores_acc, refs["q"].at[tile], _transposed(refs["k"].at[tile]))
+                    plgpu.wgmma(scores_acc, queries[h], _transposed(refs["k"].at[tiles[h]]))
                 for h in halves:
-                    q = refs["q"].at[slot * len(halves) + h]
-                    plgpu.wgmma(inter_acc, q, refs["states"].at[buffer * len(halves) + h])
+                    states = refs["states"].at[buffer * len(halves) + h]
+                    plgpu.wgmma(inter_acc, queries[h], states)
                 # The scores are masked while the second product still runs.
                 scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=len(halves))
-                scores = self.mask(scores, mask, slot, rows, column).astype(jnp.bfloat16)
+                scores = self.mask(scores, mask, slot).astype(jnp.bfloat16)
                 return scores, inter_acc[...]
 
             scores, out = pl.run_scoped(
@@ -274,14 +282,14 @@ class Block:
             decay_C = self.decay(jnp.maximum(rows - 1 - row_C, 0) if s.reverse else row_C + 1)
             if s.samples:
                 marks = refs["marks_smem"].at[slot]
-                samples = plgpu.load(marks.at[pl.ds(0, C)], layout=_ROW, optimized=False)
-                decay_C = jnp.where(samples == marks[C], decay_C, 0.0)
+                samples = load(marks.at[pl.ds(0, C)], layout=_ROW, optimized=False)
+                decay_C = jnp.where(samples == marks[2 * C], decay_C, 0.0)
             out = out * lax.broadcast_in_dim(decay_C, out.shape, [0])
             if not s.scores_in_registers:
                 refs["scores"][group] = scores
                 plgpu.commit_smem()
                 scores = refs["scores"].at[group]
-            out = self.accumulate(out, scores, refs["v"].at[slot])
+            (out,) = self.accumulate([out], [scores], refs["v"].at[slot])
             plgpu.barrier_arrive(refs["empty"].at[slot])
             if s.lengths:
                 inside = lax.broadcast_in_dim(row_C, out.shape, [0]) < rows
@@ -292,7 +300,8 @@ class Block:
 
         if s.lengths:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out_smem[...] = jnp.zeros((C, s.width), jnp.bfloat16)
+            zeros = jnp.zeros((C, s.width), jnp.bfloat16)
+            out_smem[...] = plgpu.layout_cast(zeros, _WGMMA)
             own = jnp.clip(s.chunks - self.first, 0, s.chunks_per_part)
 
             @pl.loop(self.first + self.count + group, self.first + own, step=groups)
@@ -301,28 +310,41 @@ class Block:
 
         plgpu.wait_smem_to_gmem(0)
 
-    def mask(self, scores, mask, slot, rows, column):
+    def mask(self, scores, mask, slot):
         s = self.s
         if s.samples:
-            marks = self.refs["marks_smem"].at[slot, pl.ds(0, C)]
-            of_row = plgpu.load(marks, layout=_ROW, optimized=False)
-            of_column = plgpu.load(marks, layout=_COLUMN, optimized=False)
+            marks = self.refs["marks_smem"].at[slot]
+            of_row = load(marks.at[pl.ds(0, C)], layout=_ROW, optimized=False)
+            of_column = load(marks.at[pl.ds(C, C)], layout=_COLUMN, optimized=False)
             same = (lax.broadcast_in_dim(of_row, (C, C), [0])
                     == lax.broadcast_in_dim(of_column, (C, C), [1]))
             mask = jnp.where(same, mask, 0.0)
-        if s.lengths and s.reverse:  # padding lies ahead of the tokens
-            mask = jnp.where(column < rows, mask, 0.0)
         return scores * mask
 
-    def accumulate(self, total, a, b):
-        """total + a @ b, in the registers of `total`."""
-        def product(acc):
-            plgpu.wgmma(acc, a, b)
-            return acc[...]
-
+    def accumulate(self, totals, lefts, right):
+        """total + left @ right for each pair, in the registers of the totals."""
         if self.s.interpret:  # it cannot begin with registers that hold something
-            return total + pl.run_scoped(product, plgpu.ACC(total.shape, jnp.float32))
-        return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(total))
+            def product(acc, left):
+                plgpu.wgmma(acc, left, right)
+                return acc[...]
+
+            acc = plgpu.ACC(totals[0].shape, jnp.float32)
+            return tuple(total + pl.run_scoped(lambda acc, left=left: product(acc, left), acc)
+                         for total, left in zip(totals, lefts, strict=True))
+
+        def products(accs):
+            for acc, left in zip(accs, lefts, strict=True):
+                plgpu.wgmma(acc, left, right)
+
+        return tuple(pl.run_state(products)([plgpu.ACC.init(total) for total in totals]))
+
+
+def load(ref, layout, **options):
+    """`plgpu.load`, which before jax 0.11 took an index apart from the reference."""
+    index = inspect.signature(plgpu.load).parameters["idx"]
+    if index.default is inspect.Parameter.empty:
+        return plgpu.load(ref, (), layout=layout, **options)
+    return plgpu.load(ref, layout=layout, **options)
 
 
 def _transposed(ref):

@@ -12,6 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.lightning_attention.mosaic_gpu_block import load
+
 _WGMMA = plgpu.Layout.WGMMA
 _TILES = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
@@ -45,10 +47,16 @@ def decode(
             f"the Mosaic GPU kernel takes bfloat16; got {q_BNH.dtype}. Cast q, k and v, or use "
             "implementation='xla' for float32."
         )
-    if H not in (64, 128) or W not in (32, 64, 128):
+    if H not in (64, 128):
         raise ValueError(
-            f"the Mosaic GPU kernel takes heads of 64 or 128 in columns of 32, 64 or 128; got {H} "
-            f"and {W}. Use implementation='xla'."
+            f"the Mosaic GPU kernel takes heads of 64 or 128; got {H}. Use implementation='xla'."
+        )
+    if W not in (32, 64, 128):
+        raise ValueError(f"columns must be 32, 64 or 128; got {W}.")
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        raise ValueError(
+            "the Mosaic GPU decode updates states in place, which needs jax 0.11 or newer; got "
+            f"{jax.__version__}. Upgrade jax, or use implementation='xla'."
         )
 
     def lightning_decode(q_ref, k_ref, v_ref, slopes_ref, slots_ref, states_ref, out_ref,
@@ -63,7 +71,7 @@ def decode(
             plgpu.copy_gmem_to_smem(state_ref, tile, arrived)
 
             def vector(ref, layout):
-                return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
+                return load(ref, layout=layout, optimized=False).astype(jnp.float32)
 
             q = vector(q_ref.at[b, n], _WGMMA.reduce(1))
             k = vector(k_ref.at[b, n], _WGMMA.reduce(1))
@@ -72,7 +80,7 @@ def decode(
             update = by_row(k) * lax.broadcast_in_dim(v, (H, W), [1])
             decay = jnp.exp(-slopes_ref[n])
             plgpu.barrier_wait(arrived)
-            state = plgpu.load(tile, layout=_WGMMA) * decay + update
+            state = load(tile, layout=_WGMMA) * decay + update
             tile[...] = state
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(tile, state_ref)

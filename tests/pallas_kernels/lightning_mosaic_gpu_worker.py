@@ -1,0 +1,197 @@
+"""Runs or compiles the Hopper kernels of lightning attention in a process of its own.
+
+`python -m tests.pallas_kernels.lightning_mosaic_gpu_worker interpret CASE...` prints error ratios
+against float64, `... compile CASE...` the memory of what was compiled, as one line of JSON. The
+interpreter needs more threads than cores: each warpgroup waits in one.
+"""
+
+import json
+import os
+import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["NPROC"] = "16"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.lightning_attention import mosaic_gpu, mosaic_gpu_backward, mosaic_gpu_decode
+from tests.reference import lightning as f64
+from tests.tolerances import norm_ratio
+
+Config = mosaic_gpu.Config
+STARTS = {0: (3, 40, 64, 127, 128, 200), 1: (1, 130)}
+SMALL = {  # name -> B, T, N, H, layer, config, packed, lengths
+    "one_token": (1, 1, 2, 64, 78, None, False, None),
+    "one_chunk": (1, 64, 1, 128, 0, None, False, None),
+    "tail": (1, 257, 2, 64, 78, None, False, None),
+    "fast_decay": (1, 257, 2, 64, 0, None, False, None),
+    "whole_head": (1, 130, 1, 128, 40, Config(value_splits=1),
+                   False, None),
+    "packed": (2, 257, 2, 64, 78, None, True, None),
+    "lengths": (3, 200, 1, 64, 40, None, False, (0, 64, 200)),
+    "packed_lengths": (2, 257, 1, 64, 78, None, True, (200, 63)),
+    "parts": (1, 300, 1, 64, 78, Config(sequence_splits=3), False, None),
+    "parts_packed_lengths": (2, 300, 1, 64, 78, Config(sequence_splits=3), True, (290, 130)),
+    "separate": (1, 130, 1, 64, 78, Config(joint=False), False, None),
+}
+
+
+def inputs(case):
+    B, T, N, H, layer, config, packed, lengths = SMALL[case]
+    rng = np.random.default_rng(T)
+    q, k, v, dout = (jnp.asarray(rng.standard_normal((B, T, N, H)), jnp.bfloat16) for _ in "qkvo")
+    state, dstate = (jnp.asarray(rng.standard_normal((B, N, H, H)), jnp.float32) for _ in "sd")
+    slopes = f64.slopes(64, layer, 80)[[0, 31]][:N]
+    starts = None
+    if packed:
+        starts = np.zeros((B, T), bool)
+        for b in range(B):
+            starts[b, list(STARTS[b])] = True
+    if lengths is not None:  # padding holds noise, and starts there count for nothing
+        padding = np.arange(T)[None, :] >= np.array(lengths)[:, None]
+        q, k, v, dout = (jnp.where(padding[..., None, None], 1e2, x).astype(x.dtype)
+                         for x in (q, k, v, dout))
+    return (q, k, v, dout), state, dstate, slopes, starts, lengths, config
+
+
+def interpret(case):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    kind, name = case.split("/")
+    if kind == "decode":
+        return decode(params)
+    (q, k, v, dout), state, dstate, slopes, starts, lengths, config = inputs(name)
+    samples = None if starts is None else jnp.cumsum(jnp.asarray(starts), axis=1, dtype=jnp.int32)
+    lengths_B = None if lengths is None else jnp.asarray(lengths, jnp.int32)
+    marks, options = (samples, lengths_B), dict(config=config, interpret=params)
+    slopes_N = jnp.asarray(slopes, jnp.float32)
+    if kind == "forward":
+        got = mosaic_gpu.forward(q, k, v, slopes_N, state, *marks, **options)
+        names = "out", "state"
+    else:
+        got = mosaic_gpu_backward.backward(
+            q, k, v, slopes_N, state, *marks, dout, dstate, **options)
+        names = "dq", "dk", "dv", "dstate"
+    wanted = expected(kind, (q, k, v, dout), state, dstate, slopes, starts, lengths)
+    return {what: norm_ratio(jnp.asarray(a, jnp.float32), b)
+            for what, a, b in zip(names, got, wanted, strict=True)}
+
+
+def expected(kind, tensors, state, dstate, slopes, starts, lengths):
+    """The float64 recurrence, and its gradients sample by sample: zero at padding."""
+    q, k, v, dout = (np.asarray(x, np.float64) for x in tensors)
+    state, dstate = np.asarray(state, np.float64), np.asarray(dstate, np.float64)
+    B, T = q.shape[:2]
+    results = [np.zeros_like(q) for _ in ("o" if kind == "forward" else "qkv")]
+    final = np.zeros_like(state)
+    for b in range(B):
+        n = T if lengths is None else lengths[b]
+        bounds = [0, *(t for t in (STARTS[b] if starts is not None else ()) if t < n), n]
+        first, grad = state[b], np.zeros_like(state[b])
+        if n == 0:
+            final[b] = state[b] if kind == "forward" else dstate[b]
+            continue
+        for i in range(len(bounds) - 1):
+            span = slice(bounds[i], bounds[i + 1])
+            parts = [x[b, span] for x in (q, k, v, dout)]
+            last_one = i == len(bounds) - 2
+            if kind == "forward":
+                results[0][b, span], last = f64.recurrent(*parts[:3], slopes, first)
+                final[b] = last
+            else:
+                *grads, back = f64.block_gradients(
+                    *parts, slopes, first, size=64,
+                    state_grad=dstate[b] if last_one else np.zeros_like(first))
+                for result, grad in zip(results, grads, strict=True):
+                    result[b, span] = grad
+                if i == 0:
+                    final[b] = back
+            first = np.zeros_like(first)
+    return (*results, final)
+
+
+def decode(params):
+    """Rows with their own slots, one of them inert; the states of no row stay as they were."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((3, 2, 128)), jnp.bfloat16) for _ in "qkv")
+    old = rng.standard_normal((4, 2, 128, 128)).astype(np.float32)
+    slopes = f64.slopes(64, 78, 80)[[0, 31]]
+    out, new = mosaic_gpu_decode.decode(
+        q, k, v, slopes, jnp.asarray(old), jnp.array([2, -1, 0]), interpret=params)
+    wanted, wanted_out = old.astype(np.float64), np.zeros(q.shape)
+    for b, slot in ((0, 2), (2, 0)):
+        one = [np.asarray(x[b:b + 1], np.float64) for x in (q, k, v)]
+        wanted_out[b:b + 1], wanted[slot] = f64.recurrent(*one, slopes, wanted[slot])
+    untouched = bool((np.asarray(new)[[1, 3]] == old[[1, 3]]).all())
+    inert = not np.asarray(out[1], np.float32).any()
+    return {"out": norm_ratio(jnp.asarray(out, jnp.float32), wanted_out),
+            "state": norm_ratio(new, wanted), "untouched": untouched, "inert": inert}
+
+
+# name -> B, T, N, H, config, packed, lengths: the shapes of the model and the edges of TMA
+REAL = {
+    "1x8192": (1, 8192, 64, 128, None, False, False),
+    "8x8192": (8, 8192, 64, 128, None, False, False),
+    "1x1048576": (1, 1 << 20, 64, 128, None, False, False),
+    "8_heads_1x131072": (1, 1 << 17, 8, 128, None, False, False),
+    "packed_1x131072": (1, 1 << 17, 64, 128, None, True, False),
+    "packed_lengths_2x4097": (2, 4097, 8, 128, None, True, True),
+    "1x1": (1, 1, 64, 128, None, False, False),
+    "1x63": (1, 63, 64, 128, None, False, False),
+    "whole_head_8x8192": (8, 8192, 64, 128, Config(value_splits=1), False, False),
+    "one_warpgroup_1x8192": (1, 8192, 64, 128,
+                             Config(output_warpgroups=1, queries_in_registers=True), False, False),
+}
+
+
+def compile_one(case):
+    from pathlib import Path
+
+    from jax.experimental import topologies
+
+    from mmx.plan import topology  # noqa: F401  its folder holds the GPU's description
+
+    target = (Path(topology.__file__).parent / "h200.textproto").read_text()
+    device = topologies.get_topology_desc(
+        "h200", platform="cuda", topology="1x1x1", target_config=target)
+    mesh = jax.sharding.Mesh(np.array(device.devices), ("x",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
+    kind, name = case.split("/")
+    bf16, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
+    donate = ()
+    if kind == "decode":
+        B, N, H = int(name), 64, 128
+        x = array((B, N, H), bf16)
+        arguments = (x, x, x, array((N,), f32), array((B, N, H, H), f32), array((B,), i32))
+        function, donate = mosaic_gpu_decode.decode, (4,)
+    else:
+        B, T, N, H, config, packed, lengths = REAL[name]
+        x, state = array((B, T, N, H), bf16), array((B, N, H, H), f32)
+        marks = (array((B, T), i32) if packed else None, array((B,), i32) if lengths else None)
+        arguments = (x, x, x, array((N,), f32), state, *marks)
+        function = mosaic_gpu.forward
+        if kind == "backward":
+            arguments, function = (*arguments, x, state), mosaic_gpu_backward.backward
+        one = function
+        function = lambda *a: one(*a, config=config)  # noqa: E731
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
+    memory = lowered.compile().memory_analysis()
+    return {"temp": memory.temp_size_in_bytes, "alias": memory.alias_size_in_bytes}
+
+
+if __name__ == "__main__":
+    run = {"interpret": interpret, "compile": compile_one}[sys.argv[1]]
+    results = {}
+    for case in sys.argv[2:]:
+        # The assembler's report goes to this stream too: a line tells whose it is.
+        print("case", case, flush=True)
+        results[case] = run(case)
+    print(json.dumps(results))
