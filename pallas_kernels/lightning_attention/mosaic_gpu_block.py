@@ -95,8 +95,8 @@ class Block:
     def run(self):
         group = lax.axis_index("warpgroup")
         groups = self.s.output_warpgroups if self.s.outputs else 0
-        # The warpgroups share 65,536 registers, 512 for each of the 128 threads in one. Fewer for the
-        # loader make it spill.
+        # The warpgroups share 65,536 registers, 512 for each of the 128 threads in one. With fewer
+        # the loader spills.
         output, state, load = {0: (0, 232, 40), 1: (232, 232, 40), 2: (160, 152, 40)}[groups]
 
         if self.s.outputs:

@@ -22,8 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 MOST_SHARED_MEMORY = 232448  # bytes a block of an H200 may have
 FORWARD = ("one_token", "one_chunk", "tail", "fast_decay", "whole_head", "packed", "lengths",
            "packed_lengths", "parts", "parts_packed_lengths")
-BACKWARD = ("one_token", "tail", "packed", "lengths", "packed_lengths", "parts_packed_lengths",
-            "separate")
+BACKWARD = ("tail", "lengths", "packed_lengths", "parts_packed_lengths", "separate")
 INTERPRETED = [*(f"forward/{x}" for x in FORWARD), *(f"backward/{x}" for x in BACKWARD),
                "decode/slots"]
 COMPILED = [*(f"forward/{x}" for x in (
