@@ -35,6 +35,7 @@ def reference_weights(logits_V, params, prompt_ids, output_ids, forbidden_V):
     probs = np.exp((logits - logits.max()) / params.temperature)
     probs /= probs.sum()
     probs[probs < params.min_p * probs.max()] = 0
+    probs /= probs.sum()  # each cut sees what the one before it left
     order = sorted(range(len(probs)), key=lambda v: -probs[v])
     if params.top_k:
         kth = probs[order[min(params.top_k, len(order)) - 1]]
@@ -81,6 +82,9 @@ settings = st.builds(
 
 
 @hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.example(  # top_p counts probability left by min_p: three ids, not four
+    logit_seed=11971, forbidden={0, 4}, prompts=[[]] * BATCH, outputs=[[]] * BATCH,
+    rows=[SamplingParams(temperature=2.5, top_p=0.35, min_p=0.07, seed=0)] * BATCH)
 @hypothesis.given(
     logit_seed=st.integers(0, 2**31), rows=st.lists(settings, min_size=BATCH, max_size=BATCH),
     prompts=st.lists(ids, min_size=BATCH, max_size=BATCH),
