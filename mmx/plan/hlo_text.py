@@ -10,6 +10,8 @@ _BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "s1": 1, "u1": 1, "f4e2m
 _SHAPE = re.compile(r"\b(pred|token|opaque|bf16|f4e2m1fn|f8\w+|[suf]\d+|c\d+)"
                     r"\[([\d,<=?]*)\](?:\{([^{}]*)\})?|\b(token)\b")
 _COMPUTATION = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*\(.*\{\s*$")
+# What a kernel says of itself stands on lines of its own, the last of which begins with a brace.
+_KERNEL_NOTES = re.compile(r"kernel_metadata=\{\n[^\n]*\n\}")
 _INSTRUCTION = re.compile(r"^\s+(ROOT\s+)?%?([\w.\-]+)\s*=\s*(.*)$")
 
 
@@ -115,7 +117,7 @@ def parse(text: str) -> Module:
     """Reads `compiled.as_text()`. Raises ValueError where it holds no entry computation."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in _KERNEL_NOTES.sub("kernel_metadata={}", text).splitlines():
         if current is None:
             if match := _COMPUTATION.match(line):
                 current = Computation(match[2])

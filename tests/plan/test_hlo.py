@@ -453,3 +453,14 @@ def test_sizes_of_element_types():
         assert hlo_text.leaves_of(f"{name}[6,2]{{1,0}}")[0].bytes == 12 * size
     assert [leaf.dims for leaf in hlo_text.leaves_of("((f32[2,3]{1,0}, u32[]), token[], s8[<=7])")
             ] == [(2, 3), (), (), (7,)]
+
+
+def test_notes_of_a_kernel_on_lines_of_their_own_do_not_end_a_computation():
+    call = ('%c = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", '
+            'frontend_attributes={kernel_metadata={NOTES}}')
+    text = program(f"""
+        %p = f32[8]{{0}} parameter(0)
+        {call}
+        %r = f32[8]{{0}} add(%c, %p)""").replace("{NOTES}", '{\n"block_q": 512, "fused": {"a": 1}\n}')
+    module = hlo_text.parse(text)
+    assert [line.name for line in module.computations[module.entry].lines] == ["p", "c", "r"]
