@@ -461,6 +461,7 @@ def test_notes_of_a_kernel_on_lines_of_their_own_do_not_end_a_computation():
     text = program(f"""
         %p = f32[8]{{0}} parameter(0)
         {call}
-        %r = f32[8]{{0}} add(%c, %p)""").replace("{NOTES}", '{\n"block_q": 512, "fused": {"a": 1}\n}')
-    module = hlo_text.parse(text)
+        %r = f32[8]{{0}} add(%c, %p)""")
+    notes = '{\n"block_q": 512, "fused": {"a": 1}\n}'
+    module = hlo_text.parse(text.replace("{NOTES}", notes))
     assert [line.name for line in module.computations[module.entry].lines] == ["p", "c", "r"]
