@@ -24,6 +24,8 @@ from mmx.nn.linear import Embedding, Head, RMSNorm
 from mmx.nn.params import Factory, Params, ParamSpec, draw, initial_kind, initial_value
 from mmx.nn.tokens import Tokens, last_token
 from mmx.parallel.ops import NO_CHOICE, Ops
+from pallas_kernels import dispatch
+from pallas_kernels.grouped_matmul.stacked import Stacked
 
 
 class Aux(NamedTuple):
@@ -304,9 +306,16 @@ def _run_stack(config, stack: Stack, params, slopes_RPN, x, memory, tokens, rema
         x, new, stats = repeat(x, first(params), slopes_RPN[0], held)
         return x, jax.tree.map(lambda leaf: leaf[None], new), stats
 
+    # A kernel reads experts where they lie in the stack; cut out by the scan, they would be copied.
+    in_place = {path: leaf for path, leaf in params.items()
+                if memory is not None and dispatch.platform() == "tpu"
+                and path.endswith(("moe/gate_up", "moe/down"))}
+    params = {path: leaf for path, leaf in params.items() if path not in in_place}
+
     def body(carry, inputs):
         x, memory = carry
         r, leaves, slopes_PN = inputs
+        leaves = {**leaves, **{path: Stacked(leaf, r) for path, leaf in in_place.items()}}
         held = None
         if memory is not None:
             held = jax.tree.map(

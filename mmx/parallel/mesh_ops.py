@@ -15,6 +15,7 @@ from mmx.parallel.exchange import ROOM, all_to_all_experts
 from mmx.parallel.ops import NO_CHOICE, Ops, first_query, write_rows
 from mmx.sharding.rules import Rules, axes_of, check_mesh, partition
 from pallas_kernels import lightning_attention, partial_attention
+from pallas_kernels.grouped_matmul.stacked import Stacked
 from pallas_kernels.quantized import QuantizedTensor
 
 
@@ -222,7 +223,12 @@ def _without(entry, names):
 
 
 def _leaf_spec(leaf, spec: P):
-    """The spec of a plain leaf, or of an int8 leaf's values and scale (whole where it is 1)."""
+    """The spec of a plain leaf, of an int8 leaf's values and scale, or of such inside a stack.
+
+    A scale is whole along the axes where it is 1.
+    """
+    if isinstance(leaf, Stacked):
+        return Stacked(_leaf_spec(leaf.whole, P(None, *spec)), P())
     if not isinstance(leaf, QuantizedTensor):
         return spec
     scale = P(*(None if size == 1 else entry
