@@ -341,8 +341,8 @@ class Block:
 
 def load(ref, layout, **options):
     """`plgpu.load`, which before jax 0.11 took an index apart from the reference."""
-    index = inspect.signature(plgpu.load).parameters["idx"]
-    if index.default is inspect.Parameter.empty:
+    index = inspect.signature(plgpu.load).parameters.get("idx")
+    if index is not None and index.default is inspect.Parameter.empty:
         return plgpu.load(ref, (), layout=layout, **options)
     return plgpu.load(ref, layout=layout, **options)
 
