@@ -54,7 +54,8 @@ def lightning_decode_slots(
       slopes_N: float32, ≥ 0, per token.
       states_PNHH: float32 pool; donate it, so that it is updated in place.
       slots_B: int32 in [0, P), each at most once: where each row's state lies.
-      implementation: "xla", "pallas_tpu" (interpreted on a CPU), or None.
+      implementation: "xla", "pallas_tpu" (interpreted on a CPU), "mosaic_gpu" (Hopper, bfloat16,
+        jax 0.11; by name only until it has been measured), or None.
 
     Returns:
       Output [B, N, H] in q's dtype, and the pool with the states of `slots_B` one token on.
@@ -77,7 +78,7 @@ def lightning_decode_slots(
     on_tpu = dispatch.platform() == "tpu" and H % 128 == 0
     run = dispatch.choose(
         "lightning_decode_slots",
-        {"xla": _slots_by_xla, "pallas_tpu": _slots_on_tpu},
+        {"xla": _slots_by_xla, "pallas_tpu": _slots_on_tpu, "mosaic_gpu": _slots_on_hopper},
         implementation,
         "pallas_tpu" if on_tpu else "xla",
         (B, N, H),
@@ -104,3 +105,14 @@ def _slots_on_tpu(q_BNH, k_BNH, v_BNH, slopes_N, states_PNHH, slots_B):
     return pallas_tpu_decode.decode(
         q_BNH, k_BNH, v_BNH, slopes_N, states_PNHH, slots_B, interpret=platform == "cpu"
     )
+
+
+def _slots_on_hopper(q_BNH, k_BNH, v_BNH, slopes_N, states_PNHH, slots_B):
+    from pallas_kernels.lightning_attention import mosaic_gpu_decode
+
+    if (platform := dispatch.platform()) != "gpu":
+        raise ValueError(
+            "lightning_decode_slots' 'mosaic_gpu' runs on NVIDIA GPUs of the Hopper generation; "
+            f"this is a {platform}. Pass implementation=None for the form made for it."
+        )
+    return mosaic_gpu_decode.decode(q_BNH, k_BNH, v_BNH, slopes_N, states_PNHH, slots_B)

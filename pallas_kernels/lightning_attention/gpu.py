@@ -17,7 +17,7 @@ def lightning_attention(
     """Arguments and results as in the public function, in bfloat16.
 
     Raises ValueError where there is no GPU to run on, for float32 and for other heads than of 64
-    or 128, and before jax 0.11. Interpreted and compiled for an H200, not run.
+    or 128. Interpreted and compiled for an H200, not run.
     """
     platform, H = dispatch.platform(), q_BTNH.shape[-1]
     if platform != "gpu" and not interpret:
@@ -29,11 +29,6 @@ def lightning_attention(
         raise ValueError(
             f"lightning_attention's 'mosaic_gpu' takes bfloat16 and heads of 64 or 128; got "
             f"{q_BTNH.dtype} and {H}. Pass 'xla' or None."
-        )
-    if jax.__version_info__ < (0, 11):
-        raise ValueError(
-            "lightning_attention's 'mosaic_gpu' needs jax 0.11 or later (Python 3.12 or later); "
-            f"this is jax {jax.__version__}. Upgrade it, or pass 'xla' or None."
         )
     samples_BT = None
     if starts_BT is not None:

@@ -205,3 +205,10 @@ def test_what_a_named_kernel_cannot_do_is_a_sentence():
     with pytest.raises(ValueError, match="states_PNHH must be float32"):
         lightning_decode_slots(*[jnp.zeros((1, 2, 128))] * 3, np.ones(2),
                                jnp.zeros((1, 2, 64, 128)), np.zeros(1, np.int32))
+    pool = jnp.zeros((1, 2, 128, 128))
+    with pytest.raises(ValueError, match="this is a cpu"):
+        lightning_decode_slots(*[jnp.zeros((1, 2, 128))] * 3, np.ones(2), pool,
+                               np.zeros(1, np.int32), implementation="mosaic_gpu")
+    with dispatch.compiling_for("gpu"), pytest.raises(ValueError, match="bfloat16; got float32"):
+        lightning_decode_slots(*[jnp.zeros((1, 2, 128))] * 3, np.ones(2), pool,
+                               np.zeros(1, np.int32), implementation="mosaic_gpu")
