@@ -24,7 +24,7 @@ from mmx.nn.linear import Embedding, Head, RMSNorm
 from mmx.nn.params import Factory, Params, ParamSpec, draw, initial_kind, initial_value
 from mmx.nn.tokens import Tokens, last_token
 from mmx.parallel.ops import NO_CHOICE, Ops
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tuning
 from pallas_kernels.grouped_matmul.stacked import Stacked
 
 
@@ -308,7 +308,7 @@ def _run_stack(config, stack: Stack, params, slopes_RPN, x, memory, tokens, rema
 
     # A kernel reads experts where they lie in the stack; cut out by the scan, they would be copied.
     in_place = {path: leaf for path, leaf in params.items()
-                if memory is not None and dispatch.platform() == "tpu"
+                if memory is not None and (dispatch.platform() == "tpu" or tuning.hopper())
                 and path.endswith(("moe/gate_up", "moe/down"))}
     params = {path: leaf for path, leaf in params.items() if path not in in_place}
 

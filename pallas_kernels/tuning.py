@@ -6,6 +6,8 @@ import pathlib
 
 import jax
 
+from pallas_kernels import dispatch
+
 _CHIPS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -17,6 +19,8 @@ _CHIPS = {
     "TPU7x": "tpu7x",
     "TPU7": "tpu7x",
 }
+# Parts of the names of GPUs of compute capability 9.0, for programs compiled for another machine.
+_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
 def chip() -> str:
@@ -27,6 +31,16 @@ def chip() -> str:
     described = jax.sharding.get_abstract_mesh().abstract_device
     kind = described.device_kind if described is not None else jax.devices()[0].device_kind
     return _CHIPS.get(kind, "")
+
+
+def hopper() -> bool:
+    """Whether programs traced now will run on an NVIDIA GPU of the Hopper generation."""
+    if dispatch.platform() != "gpu":
+        return False
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is None and jax.default_backend() == "gpu":
+        return jax.local_devices()[0].compute_capability.startswith("9.")
+    return described is not None and any(name in described.device_kind for name in _HOPPER)
 
 
 @functools.cache

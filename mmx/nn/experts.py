@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from mmx.nn.expert_layout import halves, merged, narrow, one_expert
 from mmx.nn.linear import project
 from mmx.nn.wide import Wide
-from pallas_kernels import dispatch, grouped_matmul
+from pallas_kernels import dispatch, grouped_matmul, tuning
 from pallas_kernels.experts.api import hit_experts, hit_fits
 from pallas_kernels.grouped_matmul.api import fused_fits, grouped_swiglu
 from pallas_kernels.grouped_matmul.stacked import Stacked, cut
@@ -45,8 +45,13 @@ def choose(tokens: int, k: int, num_experts: int, width: int, inference: bool,
         if tokens <= 128 or thin:
             return "hit" if "hit" in kernels and inference and stacked and not thin else "dense"
         return "fused" if "fused" in kernels and inference else "grouped"
+    # A GPU's kernel reads an expert once for 64 of its rows.
+    if "hit" in kernels and inference and not thin and tokens * k <= 16 * num_experts:
+        return "hit"
     if tokens * k <= num_experts:
         return "gather"
+    if "fused" in kernels and inference:
+        return "fused"
     return "dense" if tokens <= 16 or thin else "grouped"
 
 
@@ -71,8 +76,12 @@ def apply(name, inference: bool, g_TD, weight_Tk, expert_Tk, gate_up, down):
 
 
 def _kernels(g_TD, k: int, gate_up, down) -> tuple[str, ...]:
-    """The kernels whose tiles fit the TPU at hand; none elsewhere."""
-    if dispatch.platform() != "tpu" or isinstance(gate_up, Wide):
+    """The kernels that fit the TPU or Hopper GPU at hand; none elsewhere."""
+    if isinstance(gate_up, Wide):
+        return ()
+    if tuning.hopper():
+        return ("hit",) * hit_fits(g_TD, gate_up)
+    if dispatch.platform() != "tpu":
         return ()
     (T, D), F = g_TD.shape, down.shape[1]
     fused = all(fused_fits(jax.ShapeDtypeStruct((T * k, size), g_TD.dtype), w)
@@ -133,8 +142,9 @@ def _vector_products(x, w):
 
 
 def hit(g_TD, weight_Tk, expert_Tk, gate_up, down):
-    """One TPU kernel that reads the hit experts once and keeps hidden activations on the chip."""
-    return hit_experts(g_TD, weight_Tk, expert_Tk, gate_up, down, implementation="pallas_tpu")
+    """A kernel that reads the hit experts once, where they lie."""
+    name = "mosaic_gpu" if dispatch.platform() == "gpu" else "pallas_tpu"
+    return hit_experts(g_TD, weight_Tk, expert_Tk, gate_up, down, implementation=name)
 
 
 def dense(g_TD, weight_Tk, expert_Tk, gate_up, down):

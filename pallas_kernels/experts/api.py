@@ -2,7 +2,7 @@
 
 import jax
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tuning
 from pallas_kernels.experts import reference
 from pallas_kernels.grouped_matmul.stacked import Stacked
 from pallas_kernels.quantized import QuantizedTensor
@@ -17,7 +17,17 @@ def _pallas_tpu(g_TD, weight_Tk, expert_Tk, gate_up, down):
     return hit_pallas_tpu.hit_experts(g_TD, weight_Tk, expert_Tk, gate_up, down)
 
 
-_IMPLEMENTATIONS = {"reference": reference.experts, "pallas_tpu": _pallas_tpu}
+def _mosaic_gpu(g_TD, weight_Tk, expert_Tk, gate_up, down):
+    from pallas_kernels.experts import hit_mosaic_gpu
+
+    if dispatch.platform() != "gpu":
+        raise ValueError("hit_experts 'mosaic_gpu' runs on NVIDIA GPUs of the Hopper generation; "
+                         f"this is a {dispatch.platform()}. Pass 'reference' or None.")
+    return hit_mosaic_gpu.hit_experts(g_TD, weight_Tk, expert_Tk, gate_up, down)
+
+
+_IMPLEMENTATIONS = {"reference": reference.experts, "pallas_tpu": _pallas_tpu,
+                    "mosaic_gpu": _mosaic_gpu}
 
 
 def hit_experts(
@@ -39,10 +49,11 @@ def hit_experts(
       gate_up: [2, E, D, F]; down: [E, F, D]; of g's dtype, or int8 with scales [2, E, 1, F] and
         [E, 1, D]; either may lie inside a stack of layers.
       implementation: "reference" (all experts), "pallas_tpu" (one kernel, interpreted on a CPU),
-        or None: the kernel on a TPU where it fits, else the reference.
+        "mosaic_gpu" (Hopper GPUs: bfloat16 tokens, D and F multiples of 128), or None: the kernel
+        of a TPU or Hopper GPU where it fits, else the reference.
 
     Returns:
-      float32 [T, D]. "pallas_tpu" cannot be differentiated.
+      float32 [T, D]. The kernels cannot be differentiated.
 
     Raises:
       ValueError: shapes that do not fit each other or the chip, an unknown implementation, or one
@@ -56,14 +67,20 @@ def hit_experts(
     if weight_Tk.shape != expert_Tk.shape or expert_Tk.shape[0] != T:
         raise ValueError(f"weights and experts must be [{T}, k]; got {weight_Tk.shape}, "
                          f"{expert_Tk.shape}.")
-    default = "pallas_tpu" if hit_fits(g_TD, gate_up) else "reference"
+    default = "reference"
+    if hit_fits(g_TD, gate_up):
+        default = "pallas_tpu" if dispatch.platform() == "tpu" else "mosaic_gpu"
     run = dispatch.choose("hit_experts", _IMPLEMENTATIONS, implementation, default,
                           (T, D, E, F, expert_Tk.shape[1]))
     return run(g_TD, weight_Tk, expert_Tk, gate_up, down)
 
 
 def hit_fits(g_TD, gate_up) -> bool:
-    """Whether this is a TPU and the kernel takes these shapes there."""
+    """Whether this is a TPU or a Hopper GPU and its kernel takes these shapes there."""
+    if tuning.hopper():
+        from pallas_kernels.experts import hit_mosaic_gpu
+
+        return hit_mosaic_gpu.refusal(g_TD, gate_up) is None
     if dispatch.platform() != "tpu":
         return False
     from pallas_kernels.experts import hit_pallas_tpu

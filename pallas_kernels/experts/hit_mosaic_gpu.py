@@ -1,0 +1,230 @@
+"""A decode step's experts on Hopper GPUs, reading only the experts that are hit.
+
+Rows are laid by expert into blocks of `rows`, so that an expert's few rows meet its matrices once.
+One kernel multiplies such blocks by tiles of their expert's columns, with the weights as the left
+operand: `y[columns, rows] = w[:, columns]^T x[:, rows]`. It runs twice, for gate and up with SiLU
+at its end, and for down. Blocks of threads are small, so that several share a multiprocessor: all
+tiles of one token are in flight at once, and many tokens have no idle end.
+
+int8 weights are cast on the chip on their way to the matrix unit; their scales multiply the sums.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.grouped_matmul.stacked import stack
+from pallas_kernels.lightning_attention.mosaic_gpu_block import TILES, load, transposed
+
+_WGMMA = plgpu.Layout.WGMMA
+MOST_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tuning choices; `None` leaves one to the shapes.
+
+    Attributes:
+      rows: of a block, 16, 32 or 64; an expert with more has several blocks.
+      columns: of a tile, 64 or 128.
+      step: of the contracted axis, 64 or 128.
+      stages: depth of the ring of loaded weights.
+      casts: buffers of cast int8 weights; with two, casts overlap products.
+      run: int8 weights that a thread casts at once, 4 or 8.
+    """
+
+    rows: int | None = None
+    columns: int | None = None
+    step: int = 64
+    stages: int | None = None
+    casts: int = 2
+    run: int = 8
+
+
+def refusal(g_TD, gate_up) -> str | None:
+    """Says in a sentence why the kernel does not take these arguments; None if it does."""
+    D, F = gate_up.shape[-2:]
+    if g_TD.dtype != jnp.bfloat16 or gate_up.dtype not in (jnp.bfloat16, jnp.int8):
+        return (f"hit_experts 'mosaic_gpu' got tokens of {g_TD.dtype} and weights of "
+                f"{gate_up.dtype}. It takes bfloat16 tokens and bfloat16 or int8 weights; cast "
+                "them, or pass None.")
+    if D % 128 or F % 128:
+        return (f"hit_experts 'mosaic_gpu' got matrices of {D} x {F}. It takes multiples of 128; "
+                "pass None.")
+    return None
+
+
+def hit_experts(g_TD, weight_Tk, expert_Tk, gate_up, down, *, config=None, interpret=False):
+    """As the public function; raises ValueError for a dtype or width that it does not take."""
+    if sentence := refusal(g_TD, gate_up):
+        raise ValueError(sentence)
+    E, _, D = down.shape
+    T, k = expert_Tk.shape
+    config = config or Config()
+    rows = config.rows or _rows_of_block(T * k, E)
+    slot_M, source, plan = layout(expert_Tk, E, rows)
+    up_values, up_scale, index = stack(gate_up)
+    down_values, down_scale, _ = stack(down)
+    plan = (index, *plan)
+    # Rows of padding take token 0: their sums are finite and read by nobody.
+    x_MD = jnp.take(g_TD, source, axis=0)
+    call = functools.partial(_product, plan=plan, rows=rows, config=config, interpret=interpret)
+    hidden_FM = call(x_MD, up_values, up_scale)
+    out_DM = call(hidden_FM.T, down_values[:, None], None if down_scale is None
+                  else down_scale[:, None])
+    out_TkD = jnp.take(out_DM, slot_M, axis=1).T.reshape(T, k, D)
+    # Ids of nobody, whose slots hold anything.
+    mine_Tk1 = ((expert_Tk >= 0) & (expert_Tk < E))[..., None]
+    return jnp.sum(jnp.where(mine_Tk1, out_TkD * weight_Tk[..., None], 0), axis=1)
+
+
+def _rows_of_block(pairs: int, experts: int) -> int:
+    """A block holds twice an expert's mean: a second one reads its weights again, through L2."""
+    for rows in (16, 32):
+        if pairs <= rows // 2 * experts:
+            return rows
+    return MOST_ROWS
+
+
+def layout(expert_Tk, E: int, rows: int):
+    """Where each (token, choice) pair lies among blocks of one expert each.
+
+    Returns:
+      slot_M: int32 [T k], the row of each pair; 0 for ids outside 0 … E-1.
+      source: int32 [blocks · rows], the token of each row, 0 for padding.
+      plan: int32 [blocks], the expert of each block, and their number [1]; blocks are as many as
+        can be needed, those beyond that number repeat the last.
+    """
+    (T, k), M = expert_Tk.shape, expert_Tk.size
+    blocks = M if M <= E else E + (M - E) // rows
+    expert_M = expert_Tk.reshape(-1)
+    hit_ME = (expert_M[:, None] == jnp.arange(E)).astype(jnp.int32)
+    upto_ME = jnp.cumsum(hit_ME, axis=0)
+    blocks_E = -(-upto_ME[-1] // rows)
+    ends_E = jnp.cumsum(blocks_E)
+    first_E = (ends_E - blocks_E) * rows
+    slot_M = jnp.sum(hit_ME * (first_E + upto_ME - 1), axis=1)
+    mine_M = jnp.any(hit_ME > 0, axis=1)
+    token_M = jnp.arange(M, dtype=jnp.int32) // k
+    source = jnp.zeros(blocks * rows, jnp.int32).at[
+        jnp.where(mine_M, slot_M, blocks * rows)].set(token_M, mode="drop")
+    place = jnp.minimum(jnp.arange(blocks), jnp.maximum(ends_E[-1] - 1, 0))
+    experts = jnp.minimum(jnp.sum(place[:, None] >= ends_E, axis=1), E - 1)
+    return slot_M, source, (experts.astype(jnp.int32), ends_E[-1:].astype(jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "config", "interpret"))
+def _product(x_MK, w_LPEKN, scale_LPE1N, *, plan, rows, config, interpret):
+    """[N, M]: float32 products for one matrix (P = 1), or SiLU(gate) · up in bfloat16 for two."""
+    M, K = x_MK.shape
+    P, N = w_LPEKN.shape[1], w_LPEKN.shape[-1]
+    quantised = scale_LPE1N is not None
+    W = config.columns or (64 if quantised else 128)
+    step, casts = config.step, config.casts
+    steps = K // step
+    bf16, f32 = jnp.bfloat16, jnp.float32
+    # Several blocks share the 227 KiB of a multiprocessor.
+    one = step * (P * W * (1 if quantised else 2) + 2 * rows)
+    cast_bytes = casts * P * step * W * 2 if quantised else 0
+    stages = min(steps, config.stages or max(2, (110 * 1024 - cast_bytes - 2 * W * rows) // one))
+    narrow = (plgpu.TilingTransform((8, W)), plgpu.SwizzleTransform(W))  # int8
+    layout_of_casts = (plgpu.Layout.WGMMA_UPCAST_4X if config.run == 8
+                       else plgpu.Layout.WGMMA_UPCAST_2X)
+    row_tiles = (plgpu.TilingTransform((8, rows)), plgpu.SwizzleTransform(2 * rows))
+
+    def experts_product(index, experts, count, x, w, *refs, x_smem, w_smem, full, done, cast=None,
+                        out_smem=None):
+        scale, y = refs if quantised else (None, *refs)
+        block, tile = lax.axis_index("block"), lax.axis_index("tile")
+        columns, own_rows = pl.ds(tile * W, W), pl.ds(block * rows, rows)
+
+        @pl.when(block < count[0])
+        def _():
+            layer, expert = index[0], experts[block]
+
+            def fetch(i):
+                slot = lax.rem(i, jnp.int32(stages))
+                part = pl.ds(i * step, step)
+                for p in range(P):
+                    plgpu.copy_gmem_to_smem(
+                        w.at[layer, p, expert, part, columns], w_smem.at[slot * P + p],
+                        full.at[slot])
+                plgpu.copy_gmem_to_smem(x.at[own_rows, part], x_smem.at[slot], full.at[slot])
+
+            for i in range(stages):
+                fetch(jnp.int32(i))
+
+            def release(i):
+                """All four warps are done with step i: its slot may be filled again."""
+                plgpu.barrier_arrive(done)
+                plgpu.barrier_wait(done)
+
+                @pl.when(i + stages < steps)
+                def _():
+                    fetch(i + stages)
+
+            def products(*accs):
+                @pl.loop(0, steps)
+                def _(i):
+                    slot = lax.rem(i, jnp.int32(stages))
+                    plgpu.barrier_wait(full.at[slot])
+                    lefts = [w_smem.at[slot * P + p] for p in range(P)]
+                    if quantised:
+                        own = lax.rem(i, jnp.int32(casts)) * P
+                        if casts == 1:
+                            plgpu.wgmma_wait(0)
+                        for p in range(P):
+                            values = load(lefts[p], layout=layout_of_casts, optimized=False)
+                            lefts[p] = cast.at[own + p]
+                            lefts[p][...] = values.astype(bf16)
+                        plgpu.commit_smem()
+                    for p in range(P):
+                        plgpu.wgmma(accs[p], transposed(lefts[p]), transposed(x_smem.at[slot]))
+                    # One step stays in flight while the next one's operands are awaited.
+                    plgpu.wgmma_wait(P)
+
+                    @pl.when(i > 0)
+                    def _():
+                        release(i - 1)
+
+                return tuple(acc[...] for acc in accs)
+
+            sums = pl.run_scoped(products, *[plgpu.ACC((W, rows), f32)] * P)
+            if quantised:
+                sums = [total * lax.broadcast_in_dim(
+                    load(scale.at[layer, p, expert, 0, columns], layout=_WGMMA.reduce(1),
+                         optimized=False), total.shape, [0]) for p, total in enumerate(sums)]
+            if P == 1:
+                y[columns, own_rows] = sums[0]
+                return
+            gate, up = sums
+            out_smem[...] = (gate / (1 + jnp.exp(-gate)) * up).astype(bf16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_smem, y.at[columns, own_rows])
+            plgpu.wait_smem_to_gmem(0)
+
+    scratch = {
+        "x_smem": plgpu.SMEM((stages, rows, step), bf16, transforms=TILES),
+        "w_smem": plgpu.SMEM((stages * P, step, W), w_LPEKN.dtype,
+                             transforms=narrow if quantised else TILES),
+        "full": plgpu.Barrier(num_arrivals=P + 1, num_barriers=stages),
+        "done": plgpu.Barrier(),
+    }
+    if quantised:
+        scratch["cast"] = plgpu.SMEM((casts * P, step, W), bf16, transforms=TILES)
+    if P == 2:
+        scratch["out_smem"] = plgpu.SMEM((W, rows), bf16, transforms=row_tiles)
+    return plgpu.kernel(
+        experts_product,
+        out_type=jax.ShapeDtypeStruct((N, M), bf16 if P == 2 else f32),
+        scratch_types=scratch,
+        # Tiles of one block run next to each other: they share its rows through L2.
+        grid=(M // rows, N // W), grid_names=("block", "tile"),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret or None,
+    )(*plan, x_MK, w_LPEKN, *([scale_LPE1N] if quantised else []))
