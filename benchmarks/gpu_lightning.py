@@ -47,15 +47,22 @@ SWEEP = (
     Config(),
     Config(queries_in_registers=True),
     Config(output_warpgroups=1),
-    Config(output_warpgroups=1, queries_in_registers=True),
-    Config(stages=2),
-    Config(stages=2, scores_in_registers=False),
     Config(value_splits=1),
-    Config(value_splits=1, queries_in_registers=True),
+    Config(value_splits=2, queries_in_registers=False),
 )
-PARTS = tuple(Config(sequence_splits=parts) for parts in (4, 16, 32))  # beside 8, for few heads
-BACKWARD_SWEEP = (Config(), Config(joint=False), Config(queries_in_registers=True),
-                  Config(output_warpgroups=1), Config(value_splits=1))
+FEW_HEADS = (Config(), Config(sequence_splits=16), Config(value_splits=1, sequence_splits=16),
+             Config(output_warpgroups=1))
+PACKED_SWEEP = (Config(), Config(queries_in_registers=False), Config(output_warpgroups=1))
+BACKWARD_SWEEP = (Config(), Config(value_splits=1), Config(value_splits=2))
+DECODE_SWEEP = (  # columns, heads, resident blocks, stages
+    DecodeConfig(), DecodeConfig(32), DecodeConfig(64, 2), DecodeConfig(32, 2),
+    DecodeConfig(32, resident=3, stages=4), DecodeConfig(64, resident=2, stages=3),
+)
+DECODE_BATCH_16 = (
+    DecodeConfig(32, 4), DecodeConfig(32, resident=2, stages=6),
+    DecodeConfig(32, resident=4, stages=3), DecodeConfig(64, resident=1, stages=6),
+    DecodeConfig(64, resident=3, stages=2), DecodeConfig(128, resident=1, stages=3),
+)
 
 
 def main():
@@ -119,7 +126,7 @@ class Run:
         self.times.append({"kind": kind, "shape": shape, "config": short(config),
                            "ms": seconds * 1e3, "floor_ms": floor * 1e3,
                            "share": floor / seconds})
-        print(f"{kind:9} {shape:22} {seconds * 1e3:9.4f} ms {floor / seconds:6.1%}  "
+        print(f"{kind:11} {shape:22} {seconds * 1e3:9.4f} ms {floor / seconds:6.1%}  "
               f"{short(config)}", flush=True)
 
     def best(self, kind, shape):
@@ -127,10 +134,11 @@ class Run:
         return min(rows, key=lambda x: x["ms"], default=None)
 
     def table(self):
-        print("\nbest of each\nkind      shape                         ms    floor  share  config")
+        print("\nbest of each")
+        print("kind        shape                         ms    floor  share  config")
         for kind, shape in dict.fromkeys((x["kind"], x["shape"]) for x in self.times):
             row = self.best(kind, shape)
-            print(f"{kind:9} {shape:22} {row['ms']:9.4f} {row['floor_ms']:8.4f} "
+            print(f"{kind:11} {shape:22} {row['ms']:9.4f} {row['floor_ms']:8.4f} "
                   f"{row['share']:6.1%}  {row['config']}")
 
 
@@ -156,42 +164,43 @@ def draw(B, T, N, seed):
 def check(run):
     N = 4
     for T in LENGTHS:
-        for packed, lengths in ((False, None), (True, None), (True, (T, T // 2))):
-            if lengths and T not in (65, 257, 4097):
-                continue
-            check_length(run, 2 if lengths else 1, T, N, packed, lengths)
-    for config in SWEEP:
-        case = f"T=257 {short(config)}"
-        run.attempt(case, partial(check_length, run, 1, 256, N, False, None, (config,)))
-    check_length(run, 1, 1024, N, True, None, (Config(sequence_splits=4),))
+        check_length(run, 1, T, N, None, None)
+    for T in (1, 65, 256, 4097):
+        check_length(run, 1, T, N, 0.03, None)
+    check_length(run, 2, 257, N, 0.03, (257, 128))
+    for config in SWEEP[1:]:
+        check_length(run, 1, 256, N, None, None, config)
+    # Chunks with a boundary among chunks without, and none at all; parts that forget their begin.
+    for rate in (None, 0.0, 0.004):
+        check_length(run, 1, 1024, N, rate, None, Config(sequence_splits=2))
     run.attempt("decode", partial(check_decode, run))
 
 
-def check_length(run, B, T, N, packed, lengths, configs=(None,)):
+def check_length(run, B, T, N, rate, lengths, config=None):
+    """Of packed samples that begin at this `rate` of the tokens; None: not packed."""
     starts = None
-    if packed:
-        starts = np.random.default_rng(T).random((B, T)) < 0.03
+    if rate is not None:
+        starts = np.random.default_rng(T).random((B, T)) < rate
     samples = None if starts is None else jnp.cumsum(jnp.asarray(starts), 1, dtype=jnp.int32)
     lengths_B = None if lengths is None else jnp.asarray(lengths, jnp.int32)
-    for config in configs:
-        gradients = T in (1, 65, 257, 1024, 4097)
-        ahead = jax.jit(partial(forward, config=config))
-        back = jax.jit(partial(backward, config=config))
-        for layer in LAYERS:
-            tensors, state, dstate = draw(B, T, N, T + layer)
-            slopes = f64.slopes(64, layer, 80)[[0, 7, 31, 63]]
-            for incoming in (jnp.zeros_like(state), state):
-                case = (f"T={T} layer={layer} packed={packed} lengths={lengths} "
-                        f"state={incoming is state} {short(config or Config())}")
-                first = jnp.asarray(slopes, jnp.float32), incoming, samples, lengths_B
-                kinds = [("forward", ahead, (*tensors[:3], *first), ("out", "state"))]
-                if gradients:
-                    kinds.append(("backward", back, (*tensors[:3], *first, tensors[3], dstate),
-                                  ("dq", "dk", "dv", "dstate")))
-                for kind, function, arguments, names in kinds:
-                    run.attempt(f"{kind} {case}", partial(
-                        compare, run, kind, case, function, arguments, names,
-                        (tensors, incoming, dstate, slopes, starts, lengths)))
+    gradients = T in (1, 65, 257, 1024)
+    ahead = jax.jit(partial(forward, config=config))
+    back = jax.jit(partial(backward, config=config))
+    for layer in LAYERS:
+        tensors, state, dstate = draw(B, T, N, T + layer)
+        slopes = f64.slopes(64, layer, 80)[[0, 7, 31, 63]]
+        incoming = jnp.zeros_like(state) if layer == 40 else state
+        case = (f"T={T} layer={layer} rate={rate} lengths={lengths} "
+                f"state={incoming is state} {short(config or Config())}")
+        first = jnp.asarray(slopes, jnp.float32), incoming, samples, lengths_B
+        kinds = [("forward", ahead, (*tensors[:3], *first), ("out", "state"))]
+        if gradients:
+            kinds.append(("backward", back, (*tensors[:3], *first, tensors[3], dstate),
+                          ("dq", "dk", "dv", "dstate")))
+        for kind, function, arguments, names in kinds:
+            run.attempt(f"{kind} {case}", partial(
+                compare, run, kind, case, function, arguments, names,
+                (tensors, incoming, dstate, slopes, starts, lengths)))
 
 
 def compare(run, kind, case, function, arguments, names, truth):
@@ -208,13 +217,16 @@ def compare(run, kind, case, function, arguments, names, truth):
 
 def check_decode(run):
     rng = np.random.default_rng(0)
-    for columns in (32, 64, 128):
-        step = jax.jit(partial(decode, config=DecodeConfig(columns)))
+    configs = (DecodeConfig(128), *DECODE_SWEEP, DecodeConfig(32, resident=4, stages=3),
+               DecodeConfig(128, resident=1, stages=2))
+    for config in configs:
+        step = jax.jit(partial(decode, config=config))
         for layer in LAYERS:
-            q, k, v = (jnp.asarray(rng.standard_normal((5, 4, H)), jnp.bfloat16) for _ in "qkv")
-            old = rng.standard_normal((6, 4, H, H)).astype(np.float32)
+            # Enough states that a resident block goes round its ring.
+            q, k, v = (jnp.asarray(rng.standard_normal((5, 64, H)), jnp.bfloat16) for _ in "qkv")
+            old = rng.standard_normal((6, 64, H, H)).astype(np.float32)
             slots = np.array([4, -1, 0, 5, 2], np.int32)
-            slopes = f64.slopes(64, layer, 80)[[0, 7, 31, 63]]
+            slopes = f64.slopes(64, layer, 80)
             call = partial(step, q, k, v, jnp.asarray(slopes, jnp.float32))
             poison([q.size])
             out, new = call(jnp.asarray(old), jnp.asarray(slots))
@@ -226,7 +238,7 @@ def check_decode(run):
                     *one, slopes, wanted[slots[b]])
             same = bool(jnp.array_equal(out, out2)) and bool(jnp.array_equal(new, new2))
             untouched = bool((np.asarray(new)[[1, 3]] == old[[1, 3]]).all())
-            run.check(f"decode layer={layer} columns={columns}",
+            run.check(f"decode layer={layer} {short(config)}",
                       {"out": norm_ratio(np.asarray(out.astype(jnp.float32)), wanted_out),
                        "state": norm_ratio(np.asarray(new), wanted)}, same and untouched)
 
@@ -278,7 +290,7 @@ def time_forward(run):
         (q, k, v), slopes, state = inputs
         sweep = SWEEP
         if N == 8:
-            sweep = (*SWEEP[:3], *PARTS)
+            sweep = FEW_HEADS
         if T > 131072:  # gigabytes each: the best two of the same heads at 131,072
             known = sorted((x for x in run.times if x["shape"] == "1 x 131,072"
                             and x["kind"] == "forward"), key=lambda x: x["ms"])
@@ -298,21 +310,26 @@ def one_forward(run, name, config, arguments):
 
 def time_packed(run):
     for name in ("1 x 8,192", "1 x 131,072"):
-        run.attempt(f"packed {name}", partial(one_packed, run, name))
+        inputs = run.attempt(f"inputs of {name}", partial(model_inputs, *SHAPES[name], 4))
+        for config in PACKED_SWEEP if inputs else ():
+            run.attempt(f"packed {name} {short(config)}",
+                        partial(one_packed, run, name, config, inputs))
+        if inputs:
+            run.attempt(f"packed backward {name}", partial(
+                one_packed, run, name, Config(), inputs, gradients=True))
 
 
-def one_packed(run, name):
+def one_packed(run, name, config, inputs, gradients=False):
     """Samples of 2,048 tokens on average, beside the same call without them."""
-    B, T, N = SHAPES[name]
-    tensors, slopes, state = model_inputs(B, T, N, 3)
+    (B, T, _), (tensors, slopes, state) = SHAPES[name], inputs
     starts = np.random.default_rng(0).random((B, T)) < 1 / 2048
     samples = jnp.asarray(np.cumsum(starts, 1), jnp.int32)
-    row = run.best("forward", name)
-    config = next((x for x in SWEEP if row and short(x) == row["config"]), Config())
-    function = jax.jit(partial(forward, config=config))
-    packed = median_seconds(repeated(function, *tensors, slopes, state, samples))
-    plain = median_seconds(repeated(function, *tensors, slopes, state))
-    run.timed("packed", name, config, packed, 4 * tensors[0].nbytes)
+    function = jax.jit(partial(backward if gradients else forward, config=config))
+    first, rest = (*tensors[:3], slopes, state), (tensors[3], state) if gradients else ()
+    packed = median_seconds(repeated(function, *first, samples, None, *rest))
+    plain = median_seconds(repeated(function, *first, None, None, *rest))
+    run.timed("packed back" if gradients else "packed", name, config, packed,
+              (7 if gradients else 4) * tensors[0].nbytes)
     run.times[-1]["over_unpacked"] = packed / plain
     print(f"  packed over unpacked: {packed / plain:.3f}")
 
@@ -343,9 +360,8 @@ def one_backward(run, name, config, arguments):
 
 def time_decode(run):
     for B in (1, 16, 64, 256):
-        for columns in (32, 64, 128):
-            run.attempt(f"decode batch {B} columns {columns}",
-                        partial(one_decode, run, B, DecodeConfig(columns)))
+        for config in DECODE_SWEEP + (DECODE_BATCH_16 if B == 16 else ()):
+            run.attempt(f"decode batch {B} {short(config)}", partial(one_decode, run, B, config))
 
 
 def one_decode(run, B, config, N=64, steps=32):

@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 
 import jax
 
@@ -19,8 +20,8 @@ _CHIPS = {
     "TPU7x": "tpu7x",
     "TPU7": "tpu7x",
 }
-# Parts of the names of GPUs of compute capability 9.0, for programs compiled for another machine.
-_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+# GPUs of compute capability 9.0 by name, for programs compiled for another machine.
+_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 
 
 def chip() -> str:
@@ -40,7 +41,7 @@ def hopper() -> bool:
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is None and jax.default_backend() == "gpu":
         return jax.local_devices()[0].compute_capability.startswith("9.")
-    return described is not None and any(name in described.device_kind for name in _HOPPER)
+    return described is not None and bool(_HOPPER.search(described.device_kind))
 
 
 @functools.cache

@@ -79,10 +79,6 @@ def _kernels(g_TD, k: int, gate_up, down) -> tuple[str, ...]:
     """The kernels that fit the TPU or Hopper GPU at hand; none elsewhere."""
     if isinstance(gate_up, Wide):
         return ()
-    if tuning.hopper():
-        return ("hit",) * hit_fits(g_TD, gate_up)
-    if dispatch.platform() != "tpu":
-        return ()
     (T, D), F = g_TD.shape, down.shape[1]
     fused = all(fused_fits(jax.ShapeDtypeStruct((T * k, size), g_TD.dtype), w)
                 for size, w in ((D, gate_up), (F, down)))
@@ -181,10 +177,12 @@ def grouped(g_TD, weight_Tk, expert_Tk, gate_up, down):
 
 
 def fused(g_TD, weight_Tk, expert_Tk, gate_up, down):
-    """As `grouped` by TPU kernels: gate and up at once, weights in place, int8 as int8."""
+    """As `grouped` by kernels that take gate and up at once and read weights where they lie."""
+    name = "hopper" if dispatch.platform() == "gpu" else "pallas_tpu"
+
     def run(rows, sizes_E):
-        hidden = grouped_swiglu(rows, gate_up, sizes_E, implementation="pallas_tpu")
-        return grouped_matmul(hidden, down, sizes_E, implementation="pallas_tpu")
+        hidden = grouped_swiglu(rows, gate_up, sizes_E, implementation=name)
+        return grouped_matmul(hidden, down, sizes_E, implementation=name)
 
     return _sorted(run, g_TD, weight_Tk, expert_Tk, down.shape[0])
 

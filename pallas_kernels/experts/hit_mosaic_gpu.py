@@ -100,7 +100,7 @@ def layout(expert_Tk, E: int, rows: int):
       plan: int32 [blocks], the expert of each block, and their number [1]; blocks are as many as
         can be needed, those beyond that number repeat the last.
     """
-    (T, k), M = expert_Tk.shape, expert_Tk.size
+    k, M = expert_Tk.shape[1], expert_Tk.size
     blocks = M if M <= E else E + (M - E) // rows
     expert_M = expert_Tk.reshape(-1)
     hit_ME = (expert_M[:, None] == jnp.arange(E)).astype(jnp.int32)

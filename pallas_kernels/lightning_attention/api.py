@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.lightning_attention import reference, xla
-from pallas_kernels.lightning_attention.decode import lightning_decode
+from pallas_kernels.lightning_attention.decode import lightning_decode, takes_hopper_kernels
 
 
 def _pallas_tpu(*arguments):
@@ -55,7 +55,8 @@ def lightning_attention(
         nor enters the state, and whose output is zero.
       implementation: "reference" (one token at a time), "xla" (chunks of matrix products),
         "pallas_tpu" (the automatic choice on TPU for heads of a multiple of 128; interpreted on a
-        CPU), "mosaic_gpu" (Hopper, bfloat16; by name only until it has been measured), or None.
+        CPU), "mosaic_gpu" (the automatic choice on Hopper GPUs for bfloat16 and heads of 64 or
+        128), or None. One token alone is a decode step under None, whatever the device.
 
     Returns:
       Output [B, T, N, H] in q's dtype, and the float32 state [B, N, H, H] after the last token.
@@ -73,12 +74,16 @@ def lightning_attention(
         return lightning_decode(
             q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT=starts_BT, lengths_B=lengths_B
         )
-    on_tpu = dispatch.platform() == "tpu" and H % 128 == 0
+    default = "xla"
+    if dispatch.platform() == "tpu" and H % 128 == 0:
+        default = "pallas_tpu"
+    elif takes_hopper_kernels(q_BTNH.dtype, H):
+        default = "mosaic_gpu"
     run = dispatch.choose(
         "lightning_attention",
         _IMPLEMENTATIONS,
         implementation,
-        "pallas_tpu" if on_tpu else "xla",
+        default,
         (B, T, N, H),
     )
     return run(q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT, lengths_B)

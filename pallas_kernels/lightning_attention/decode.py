@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tuning
 
 
 def lightning_decode(
@@ -37,6 +37,11 @@ def lightning_decode(
     return out_BNH[:, None].astype(q_B1NH.dtype), state_BNHH
 
 
+def takes_hopper_kernels(dtype, H: int) -> bool:
+    """Whether programs traced now run on a Hopper GPU, whose kernels take such heads."""
+    return tuning.hopper() and dtype == jnp.bfloat16 and H in (64, 128)
+
+
 def lightning_decode_slots(
     q_BNH: jax.Array,
     k_BNH: jax.Array,
@@ -54,8 +59,9 @@ def lightning_decode_slots(
       slopes_N: float32, ≥ 0, per token.
       states_PNHH: float32 pool; donate it, so that it is updated in place.
       slots_B: int32 in [0, P), each at most once: where each row's state lies.
-      implementation: "xla", "pallas_tpu" (interpreted on a CPU), "mosaic_gpu" (Hopper, bfloat16,
-        jax 0.11; by name only until it has been measured), or None.
+      implementation: "xla", "pallas_tpu" (the automatic choice on TPU for heads of a multiple of
+        128; interpreted on a CPU), "mosaic_gpu" (the automatic choice on Hopper GPUs for bfloat16
+        and heads of 64 or 128, where jax is 0.11 or newer), or None.
 
     Returns:
       Output [B, N, H] in q's dtype, and the pool with the states of `slots_B` one token on.
@@ -75,12 +81,18 @@ def lightning_decode_slots(
             f"{k_BNH.shape}, {v_BNH.shape}, {slots_B.shape}."
         )
     slopes_N = jnp.asarray(slopes_N, jnp.float32)
-    on_tpu = dispatch.platform() == "tpu" and H % 128 == 0
+    default = "xla"
+    if dispatch.platform() == "tpu" and H % 128 == 0:
+        default = "pallas_tpu"
+    elif q_BNH.dtype == k_BNH.dtype == v_BNH.dtype and takes_hopper_kernels(q_BNH.dtype, H):
+        from pallas_kernels.lightning_attention import mosaic_gpu_decode
+
+        default = "mosaic_gpu" if mosaic_gpu_decode.AVAILABLE else "xla"
     run = dispatch.choose(
         "lightning_decode_slots",
         {"xla": _slots_by_xla, "pallas_tpu": _slots_on_tpu, "mosaic_gpu": _slots_on_hopper},
         implementation,
-        "pallas_tpu" if on_tpu else "xla",
+        default,
         (B, N, H),
     )
     return run(q_BNH, k_BNH, v_BNH, slopes_N, states_PNHH, slots_B)

@@ -17,7 +17,7 @@ def lightning_attention(
     """Arguments and results as in the public function, in bfloat16.
 
     Raises ValueError where there is no GPU to run on, for float32 and for other heads than of 64
-    or 128. Interpreted and compiled for an H200, not run.
+    or 128.
     """
     platform, H = dispatch.platform(), q_BTNH.shape[-1]
     if platform != "gpu" and not interpret:

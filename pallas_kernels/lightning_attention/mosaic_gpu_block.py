@@ -23,8 +23,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 C = 64  # rows of a chunk: those of one warpgroup's matrix instruction
 # Integers per chunk of packed samples: each row's sample twice (one load has one layout), those of
-# the incoming and the outgoing state, and what makes TMA's 128 bytes whole.
+# the incoming and the outgoing state, whether all of these are one sample, and what makes TMA's
+# 128 bytes whole.
 MARKS = 2 * C + 32
+# Of tokens that decay by e^-28 (7e-13) before a part's end nothing is left in a float32 sum.
+_FORGOTTEN = 28.0
 _WGMMA = plgpu.Layout.WGMMA
 _ROW, _COLUMN = _WGMMA.reduce(1), _WGMMA.reduce(0)  # one value per row, per column
 TILES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -91,6 +94,17 @@ class Block:
         self.first = self.part * shape.chunks_per_part
         filled = lax.div(self.length + (C - 1), jnp.int32(C))
         self.count = jnp.clip(filled - self.first, 0, shape.chunks_per_part)
+        if not shape.outputs:
+            self.skip_forgotten()
+
+    def skip_forgotten(self):
+        """A part's local state needs no tokens that have decayed to nothing at its end."""
+        tokens = jnp.minimum(_FORGOTTEN / jnp.maximum(self.slope, 1e-9), float(self.s.T))
+        # One chunk more for the rounding, one for a last chunk that is not full.
+        needed = jnp.minimum(self.count, lax.div(tokens.astype(jnp.int32), jnp.int32(C)) + 2)
+        if not self.s.reverse:
+            self.first = self.first + self.count - needed
+        self.count = needed
 
     def run(self):
         group = lax.axis_index("warpgroup")
@@ -201,20 +215,24 @@ class Block:
             plgpu.barrier_wait(refs["full"].at[slot])
             distance = row + 1 if s.reverse else jnp.maximum(rows - 1 - row, 0)
             enters, stays = row < rows, self.decay(jnp.asarray(rows, jnp.int32))
+            decay_C = self.decay(distance)
+            if s.ragged:
+                decay_C = jnp.where(enters, decay_C, 0.0)
             if s.samples:
                 marks = refs["marks_smem"].at[slot]
                 source, target = marks[2 * C], marks[2 * C + 1]
-                samples = load(marks.at[pl.ds(0, C)], layout=_ROW, optimized=False)
-                enters = enters & (samples == target)
                 stays = jnp.where(source == target, stays, 0.0)
-            decay_C = self.decay(distance)
-            if s.samples or s.ragged:
-                decay_C = jnp.where(enters, decay_C, 0.0)
+
+                def of_target(decay_C):
+                    samples = load(marks.at[pl.ds(0, C)], layout=_ROW, optimized=False)
+                    return jnp.where(samples == target, decay_C, 0.0)
+
+                decay_C = self.unless_plain(slot, of_target, decay_C)
             v = load(refs["v"].at[slot], layout=_WGMMA).astype(jnp.float32)
             decayed = v * lax.broadcast_in_dim(decay_C, v.shape, [0])
             refs["decayed"][...] = decayed.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            keys = [_transposed(refs["k"].at[slot * len(halves) + h]) for h in halves]
+            keys = [transposed(refs["k"].at[slot * len(halves) + h]) for h in halves]
             state = self.accumulate([state[h] * stays for h in halves], keys, refs["decayed"])
             plgpu.barrier_arrive(refs["empty"].at[slot])
             return state
@@ -266,7 +284,7 @@ class Block:
 
             def products(scores_acc, inter_acc):
                 for h in halves:
-                    plgpu.wgmma(scores_acc, queries[h], _transposed(refs["k"].at[tiles[h]]))
+                    plgpu.wgmma(scores_acc, queries[h], transposed(refs["k"].at[tiles[h]]))
                 for h in halves:
                     states = refs["states"].at[buffer * len(halves) + h]
                     plgpu.wgmma(inter_acc, queries[h], states)
@@ -282,8 +300,12 @@ class Block:
             decay_C = self.decay(jnp.maximum(rows - 1 - row_C, 0) if s.reverse else row_C + 1)
             if s.samples:
                 marks = refs["marks_smem"].at[slot]
-                samples = load(marks.at[pl.ds(0, C)], layout=_ROW, optimized=False)
-                decay_C = jnp.where(samples == marks[2 * C], decay_C, 0.0)
+
+                def of_source(decay_C):
+                    samples = load(marks.at[pl.ds(0, C)], layout=_ROW, optimized=False)
+                    return jnp.where(samples == marks[2 * C], decay_C, 0.0)
+
+                decay_C = self.unless_plain(slot, of_source, decay_C)
             out = out * lax.broadcast_in_dim(decay_C, out.shape, [0])
             if not s.scores_in_registers:
                 refs["scores"][group] = scores
@@ -310,16 +332,25 @@ class Block:
 
         plgpu.wait_smem_to_gmem(0)
 
+    def unless_plain(self, slot, masked, x):
+        """x, or `masked(x)` in a chunk where samples meet: most chunks hold one sample alone."""
+        plain = self.refs["marks_smem"].at[slot][2 * C + 2]
+        return lax.cond(plain == 0, masked, lambda x: x, x)
+
     def mask(self, scores, mask, slot):
-        s = self.s
-        if s.samples:
+        scores = scores * mask
+        if not self.s.samples:
+            return scores
+
+        def same_sample(scores):
             marks = self.refs["marks_smem"].at[slot]
             of_row = load(marks.at[pl.ds(0, C)], layout=_ROW, optimized=False)
             of_column = load(marks.at[pl.ds(C, C)], layout=_COLUMN, optimized=False)
             same = (lax.broadcast_in_dim(of_row, (C, C), [0])
                     == lax.broadcast_in_dim(of_column, (C, C), [1]))
-            mask = jnp.where(same, mask, 0.0)
-        return scores * mask
+            return jnp.where(same, scores, 0.0)
+
+        return self.unless_plain(slot, same_sample, scores)
 
     def accumulate(self, totals, lefts, right):
         """total + left @ right for each pair, in the registers of the totals."""
@@ -347,6 +378,6 @@ def load(ref, layout, **options):
     return plgpu.load(ref, layout=layout, **options)
 
 
-def _transposed(ref):
+def transposed(ref):
     transpose = getattr(ref, "transpose", None)
     return plgpu.transpose_ref(ref, (1, 0)) if transpose is None else transpose((1, 0))

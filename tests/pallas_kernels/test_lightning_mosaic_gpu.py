@@ -21,15 +21,20 @@ if not hasattr(plgpu, "InterpretGPUParams"):
 ROOT = Path(__file__).parent.parent.parent
 MOST_SHARED_MEMORY = 232448  # bytes a block of an H200 may have
 FORWARD = ("one_token", "one_chunk", "tail", "fast_decay", "whole_head", "packed", "lengths",
-           "packed_lengths", "parts", "parts_packed_lengths")
-BACKWARD = ("tail", "lengths", "packed_lengths", "parts_packed_lengths", "separate")
+           "packed_lengths", "packed_long", "parts", "parts_fast", "parts_fast_lengths",
+           "parts_packed_lengths")
+BACKWARD = ("tail", "lengths", "packed_lengths", "packed_long", "parts_fast_lengths",
+            "parts_packed_lengths", "separate")
 INTERPRETED = [*(f"forward/{x}" for x in FORWARD), *(f"backward/{x}" for x in BACKWARD),
-               "decode/slots"]
+               *(f"decode/slots{x}" for x in ("", "_two_heads", "_resident", "_resident_ring"))]
 COMPILED = [*(f"forward/{x}" for x in (
     "1x8192", "8x8192", "1x1048576", "8_heads_1x131072", "packed_1x131072",
+    "packed_1x8192", "packed_8x8192", "packed_registers_1x131072", "packed_one_1x131072",
     "packed_lengths_2x4097", "1x1", "1x63", "whole_head_8x8192", "one_warpgroup_1x8192")),
-    *(f"backward/{x}" for x in ("1x8192", "8x8192", "packed_lengths_2x4097")),
-    *(f"decode/{x}" for x in (1, 256))]
+    *(f"backward/{x}" for x in (
+        "1x8192", "8x8192", "packed_1x8192", "packed_1x131072", "packed_lengths_2x4097")),
+    *(f"decode/{x}" for x in ("1", "256", "16x2", "16x4", "16_resident", "16_resident_wide")),
+    "public/2"]
 
 
 def work(what, cases, timeout, **environment):
@@ -90,6 +95,17 @@ def test_forward_copies_no_tensor(compiled, case):
 def test_decode_updates_states_in_place(compiled, batch):
     case = compiled[f"decode/{batch}"]
     assert case["alias"] == batch * 64 * 128 * 128 * 4 and case["temp"] < 1 << 20
+
+
+@pytest.mark.gpu_aot
+def test_public_functions_choose_the_kernels_for_an_h200(compiled):
+    assert compiled["public/2"]["kernels"] == ["lightning_decode", "lightning_forward"]
+
+
+@pytest.mark.parametrize("heads, whole", [
+    (8, False), (64, False), (66, False), (128, True), (192, False), (512, True)], ids=str)
+def test_whole_heads_where_they_fill_the_multiprocessors(heads, whole):
+    assert mosaic_gpu._whole_heads(heads) == whole
 
 
 @pytest.mark.parametrize("H, dtype, message", [

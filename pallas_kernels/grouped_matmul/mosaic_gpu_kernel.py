@@ -1,0 +1,300 @@
+"""Our grouped products for Hopper GPUs: one persistent kernel (Pallas Mosaic GPU).
+
+An item is a tile of one group's rows times a band of columns. Blocks stay on their multiprocessor
+and walk over the list of items; a loader warpgroup keeps a ring of tiles of x and of the weights
+full through TMA, also across the end of an item, and two warpgroups multiply, half of the rows
+each. What an item stores leaves while the next one is computed.
+
+Tiles begin where their group begins, so a group has one partial tile at most, and the second
+warpgroup has nothing to do where that tile holds half the rows or fewer. Items of one band and one
+group follow each other: they run at the same time, and the weights come from memory once.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.grouped_matmul import tiles
+from pallas_kernels.grouped_matmul.mosaic_gpu_items import items_of
+from pallas_kernels.grouped_matmul.stacked import stack
+
+K = 64  # inner columns of a tile: 128 bytes, the widest swizzle
+_TILES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+# The same bytes as rows one by one, so that TMA takes any first row and any number of rows.
+_ROWS = (plgpu.TilingTransform((1, 64)), plgpu.SwizzleTransform(128))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tuning choices.
+
+    Attributes:
+      rows: rows of an item, 128 or 256; half of them for each of two warpgroups.
+      columns: columns of each product of an item, 64, 128 or 256. `rows * columns` times the
+        number of products (2 for gate and up) is at most 32,768: the accumulators' registers.
+      stages: depth of the ring of loaded tiles.
+      together: row tiles of a group that run next to each other over the same columns.
+      cluster: 2 lets two neighbouring blocks take neighbouring bands and load x once for both.
+      blocks: how many blocks run; an H200 has 132 multiprocessors.
+    """
+
+    rows: int = 128
+    columns: int | None = None
+    stages: int = 4
+    together: int = 16
+    cluster: int = 1
+    blocks: int = 132
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """What a compiled kernel depends on beside its arrays."""
+
+    parts: int  # products of an item: 1, or gate and up
+    E: int
+    D: int
+    F: int
+    half: int  # rows of a warpgroup
+    columns: int
+    stages: int
+    cluster: int
+    programs: int
+    interpret: bool
+
+    @property
+    def chunk(self) -> int:
+        """Columns that are laid in shared memory and stored at a time."""
+        return min(self.columns, 8192 // self.half)
+
+
+def grouped_matmul(x_MD, w_EDF, group_sizes_E, *, config: Config | None = None, interpret=False):
+    """As the public function, for bfloat16 x and plain or stacked bfloat16 weights.
+
+    Raises ValueError for widths or a configuration that do not fit.
+    """
+    return _run(x_MD, w_EDF, group_sizes_E, 1, config, interpret)
+
+
+def grouped_swiglu(x_MD, w_2EDF, group_sizes_E, *, config: Config | None = None, interpret=False):
+    """As the public function; SiLU and the product with up happen in registers, in float32."""
+    return _run(x_MD, w_2EDF, group_sizes_E, 2, config, interpret)
+
+
+def _run(x_MD, weight, group_sizes_E, parts, config, interpret):
+    values, scale, layer_1 = stack(weight)
+    E, D, F = values.shape[-3:]
+    if config is None:
+        config = Config(**(tiles.listed("hopper", x_MD.shape[0], D, parts * F) or {}))
+    columns = config.columns or 32768 // (config.rows * parts)
+    if config.columns is None and F % (columns * config.cluster):
+        columns = 64 * (1 + (F % (128 * config.cluster) == 0))
+    if scale is not None or x_MD.dtype != jnp.bfloat16 or values.dtype != jnp.bfloat16:
+        raise ValueError(f"the Mosaic GPU kernel takes bfloat16; got x of {x_MD.dtype} and w of "
+                         f"{values.dtype}. Cast them, or pass None.")
+    if D % K or F % (columns * config.cluster):
+        raise ValueError(f"the Mosaic GPU kernel got matrices of {(D, F)}. It takes multiples of "
+                         f"{(K, columns * config.cluster)} with {config}; pass None.")
+    if (config.rows not in (128, 256) or columns not in (64, 128, 256) or config.stages < 2
+            or config.rows * columns * parts > 32768):
+        raise ValueError(f"{config} does not fit: rows are 128 or 256, columns 64, 128 or 256, "
+                         f"rows x columns x {parts} products at most 32,768, stages at least 2.")
+    rows_M, half = x_MD.shape[0], config.rows // 2
+    x_MD = jnp.pad(x_MD, ((0, max(config.rows - rows_M, 0)), (0, 0)))  # a TMA box fits its tensor
+    M = x_MD.shape[0]
+    s = _Shape(parts, E, D, F, half, columns, config.stages, config.cluster,
+               max(config.blocks // config.cluster, 1), bool(interpret))
+    items, count = items_of(group_sizes_E, M, config.rows, F // (columns * config.cluster),
+                            config.together, rest=parts == 1)
+    header = jnp.concatenate([count.reshape(1), layer_1])
+    out_MF = _call(s, header, items, x_MD, values.reshape(-1, E * D, F), interpret)
+    return out_MF[:rows_M]
+
+
+def _call(s: _Shape, header, items, x_MD, w, interpret):
+    bf16 = jnp.bfloat16
+    x_tiles = plgpu.SMEM((s.stages, 2 * s.half, K), bf16, transforms=_TILES)
+    if not interpret:  # the interpreter moves logical arrays
+        x_tiles = plgpu.RefUnion(
+            x_tiles, plgpu.SMEM((s.stages, 2 * s.half, K), bf16, transforms=_ROWS))
+    if s.cluster > 1:
+        empty = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2,
+                                     num_barriers=s.stages)
+        cluster = dict(cluster=(s.cluster,), cluster_names=("cluster",))
+    else:
+        empty = plgpu.Barrier(num_arrivals=2, num_barriers=s.stages)
+        cluster = {}
+
+    def kernel(*refs, **scratch):
+        names = ("header", "items", "x", "w", "out")
+        _Block(s, dict(zip(names, refs, strict=True)) | scratch).run()
+
+    kernel.__name__ = "grouped_swiglu" if s.parts == 2 else "grouped_matmul"
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((x_MD.shape[0], s.F), bf16),
+        scratch_types={
+            "x_tiles": x_tiles,
+            "w_tiles": plgpu.SMEM((s.stages, s.parts, K, s.columns), bf16, transforms=_TILES),
+            # Without a layout of ours: a store may begin and end at any row.
+            "out_tiles": plgpu.SMEM((2, s.half, s.chunk), bf16),
+            "full": plgpu.Barrier(num_arrivals=2, num_barriers=s.stages),
+            "empty": empty,
+        },
+        grid=(s.programs,), grid_names=("program",), **cluster,
+        num_threads=3, thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=interpret or None,
+    )(header, items, x_MD, w)
+
+
+class _Block:
+    """The program of one block: a loader and two warpgroups that multiply."""
+
+    def __init__(self, s: _Shape, refs: dict):
+        self.s, self.refs = s, refs
+        self.x = self.x_tma = refs["x_tiles"]
+        if not s.interpret:
+            self.x, self.x_tma = refs["x_tiles"]
+        self.program = lax.axis_index("program")
+        self.count, self.layer = refs["header"][0], refs["header"][1]
+
+    def run(self):
+        group = lax.axis_index("warpgroup")
+
+        @pl.when(group < 2)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            self.walk(lambda item, step: self.multiply(group, item, step))
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(group == 2)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+            self.drain(self.walk(self.load))
+
+    def walk(self, visit):
+        """Calls `visit(item, step)` for this block's items; returns how many steps they took."""
+        s, items = self.s, self.refs["items"]
+        turns = lax.div(self.count - self.program + (s.programs - 1), jnp.int32(s.programs))
+
+        def turn(i, step):
+            at = self.program + i * s.programs
+            expert, start, rows, band = (items[at * 4 + field] for field in range(4))
+            if s.cluster > 1:
+                band = band * s.cluster + lax.axis_index("cluster")
+            # Rows of no group: nothing is multiplied, and the zeros are stored.
+            steps = jnp.where(expert < s.E, s.D // K, 0)
+            visit((expert, start, rows, band * s.columns, steps), step)
+            return step + steps
+
+        return lax.fori_loop(0, turns, turn, jnp.int32(0))
+
+    def load(self, item, step):
+        s, refs = self.s, self.refs
+        expert, start, rows, column, steps = item
+        shared = dict(collective_axes="cluster") if s.cluster > 1 else {}
+        parts, columns = pl.ds(self.layer * s.parts, s.parts), pl.ds(column, s.columns)
+
+        @pl.loop(0, steps)
+        def _(k):
+            slot = lax.rem(step + k, jnp.int32(s.stages))
+            full = refs["full"].at[slot]
+
+            @pl.when(step + k >= s.stages)
+            def _():
+                plgpu.barrier_wait(refs["empty"].at[slot])
+
+            # One copy for each operand: every thread of the warpgroup arrives for every copy.
+            source = refs["w"].at[parts, pl.ds(expert * s.D + k * K, K), columns]
+            plgpu.copy_gmem_to_smem(source, refs["w_tiles"].at[slot], full)
+
+            def load_x(size):
+                source = refs["x"].at[pl.ds(start, size), pl.ds(k * K, K)]
+                target = self.x_tma.at[slot, pl.ds(0, size)]
+                plgpu.copy_gmem_to_smem(source, target, full, **shared)
+
+            @pl.when(rows > s.half)
+            def _():
+                load_x(2 * s.half)
+
+            @pl.when(rows <= s.half)
+            def _():
+                load_x(s.half)
+
+    def drain(self, total):
+        """Awaits the last releases: no barrier, nor a neighbour's arrival, is left behind."""
+        s = self.s
+
+        @pl.loop(jnp.maximum(total - s.stages, 0), total)
+        def _(step):
+            plgpu.barrier_wait(self.refs["empty"].at[lax.rem(step, jnp.int32(s.stages))])
+
+    def multiply(self, group, item, step):
+        s, refs = self.s, self.refs
+        expert, start, rows, column, steps = item
+        del expert
+        mine = jnp.clip(rows - group * s.half, 0, s.half)
+
+        def slot_of(k):
+            return lax.rem(step + k, jnp.int32(s.stages))
+
+        @pl.when(mine > 0)
+        def _():
+            def products(*accs):
+                @pl.loop(0, steps)
+                def _(k):
+                    slot = slot_of(k)
+                    plgpu.barrier_wait(refs["full"].at[slot])
+                    left = self.x.at[slot, pl.ds(group * s.half, s.half)]
+                    for part, acc in enumerate(accs):
+                        plgpu.wgmma(acc, left, refs["w_tiles"].at[slot, part])
+                    # The step before is done: its tiles may go while this one still runs.
+                    plgpu.wgmma_wait(s.parts)
+
+                    @pl.when(k > 0)
+                    def _():
+                        plgpu.barrier_arrive(refs["empty"].at[slot_of(k - 1)])
+
+                return tuple(acc[...] for acc in accs)
+
+            acc = plgpu.ACC((s.half, s.columns), jnp.float32)
+            sums = pl.run_scoped(products, *[acc] * s.parts)
+
+            @pl.when(steps > 0)
+            def _():
+                plgpu.barrier_arrive(refs["empty"].at[slot_of(steps - 1)])
+
+            out = sums[0]
+            if s.parts == 2:
+                out = out / (1 + jnp.exp(-out)) * sums[1]
+            self.store(group, out.astype(jnp.bfloat16), start + group * s.half, mine, column)
+
+        @pl.when(mine <= 0)
+        def _():
+            @pl.loop(0, steps)
+            def _(k):
+                plgpu.barrier_wait(refs["full"].at[slot_of(k)])
+                plgpu.barrier_arrive(refs["empty"].at[slot_of(k)])
+
+    def store(self, group, out, start, mine, column):
+        """Stores the first `mine` rows: all, or copies of 1, 2, 4, ... rows that sum to them."""
+        s, tile = self.s, self.refs["out_tiles"].at[group]
+        for at in range(0, s.columns, s.chunk):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            tile[...] = out[:, at:at + s.chunk]
+            plgpu.commit_smem()
+            rows = s.half
+            while rows:
+                @pl.when(mine & rows != 0)
+                def _(rows=rows, at=at):
+                    before = mine - mine % (2 * rows) if rows < s.half else 0
+                    plgpu.copy_smem_to_gmem(
+                        tile.at[pl.ds(before, rows)],
+                        self.refs["out"].at[pl.ds(start + before, rows),
+                                            pl.ds(column + at, s.chunk)])
+                rows //= 2

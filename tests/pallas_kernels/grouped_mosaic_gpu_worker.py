@@ -1,0 +1,156 @@
+"""Runs or compiles the grouped products for Hopper in a process of its own.
+
+`python -m tests.pallas_kernels.grouped_mosaic_gpu_worker interpret CASE...` prints error ratios
+against float32, `... compile CASE...` the memory of what was compiled, as one line of JSON. The
+interpreter needs more threads than cores: each warpgroup waits in one.
+"""
+
+import json
+import os
+import sys
+from functools import partial
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["NPROC"] = "16"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import dispatch
+from pallas_kernels.grouped_matmul import api, mosaic_gpu_kernel, mosaic_gpu_vjp, reference
+from pallas_kernels.grouped_matmul.mosaic_gpu_kernel import Config
+from pallas_kernels.grouped_matmul.stacked import Stacked
+from tests.tolerances import norm_ratio
+
+SMALL = {  # name -> M, group sizes, D, F, config, inside a stack
+    "ragged": (300, (70, 0, 131, 1, 65), 128, 256, Config(blocks=2), False),
+    "full": (256, (128, 128), 128, 256, Config(blocks=2, stages=2), False),
+    "nothing": (64, (0, 0), 64, 256, Config(blocks=2), False),
+    "few_rows": (3, (1, 2), 64, 256, Config(blocks=1), False),
+    "wide_rows": (400, (300, 61), 64, 128, Config(rows=256, columns=64, blocks=2), False),
+    "in_stack": (140, (0, 139), 128, 256, Config(blocks=2, stages=3), True),
+    "blocks_of_tiles": (520, (390, 130), 64, 256,
+                        Config(columns=128, blocks=3, together=2), False),
+    "cluster": (200, (70, 129), 128, 256, Config(columns=128, blocks=2, cluster=2), False),
+}
+
+
+def interpret(case):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    kind, name = case.split("/")
+    if kind == "gradient":
+        return gradient(name, plgpu.InterpretGPUParams())
+    M, sizes, D, F, config, stacked = SMALL[name]
+    rng = np.random.default_rng(M)
+    parts = 2 if kind == "swiglu" else 1
+    x = jnp.asarray(rng.standard_normal((M, D)), jnp.bfloat16)
+    w = jnp.asarray(rng.standard_normal((3, 2, len(sizes), D, F)) * D**-0.5, jnp.bfloat16)
+    if parts == 1:
+        w = w[:, 0]
+    weight = Stacked(w, jnp.int32(1)) if stacked else w[1]
+    run = mosaic_gpu_kernel.grouped_swiglu if parts == 2 else mosaic_gpu_kernel.grouped_matmul
+    got = run(x, weight, jnp.array(sizes, jnp.int32), config=config,
+              interpret=plgpu.InterpretGPUParams(detect_races=True))
+    total = sum(sizes)
+    wanted = np.zeros((M, F))
+    x64, w64 = np.asarray(x, np.float64), np.asarray(w[1], np.float64)
+    for e, (start, size) in enumerate(zip(np.cumsum(sizes) - sizes, sizes, strict=True)):
+        rows = x64[start:start + size]
+        if parts == 2:
+            gate, up = rows @ w64[0, e], rows @ w64[1, e]
+            wanted[start:start + size] = gate / (1 + np.exp(-gate)) * up
+        else:
+            wanted[start:start + size] = rows @ w64[e]
+    got = np.asarray(got.astype(jnp.float32))
+    found = {}
+    if total:
+        found["out"] = norm_ratio(jnp.asarray(got[:total]), wanted[:total])
+    if parts == 1:
+        found["zeros_beyond"] = not got[total:].any()
+    return found
+
+
+def gradient(kind, params):
+    """Gradients in x and w against those of the reference in float32, rows beyond included."""
+    for name in ("grouped_matmul", "grouped_swiglu"):
+        kernel = partial(getattr(mosaic_gpu_kernel, name), config=Config(blocks=2),
+                         interpret=params)
+        setattr(mosaic_gpu_kernel, name, kernel)
+    mosaic_gpu_vjp._check = lambda: None
+    rng = np.random.default_rng(0)
+    x, dout = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+               for shape in ((150, 128), (150, 256)))
+    w = jnp.asarray(rng.standard_normal((2, 3, 128, 256)) / 8, jnp.bfloat16)
+    sizes = jnp.array([70, 0, 71], jnp.int32)
+    dout = dout.at[141:].set(0)
+
+    def wanted(x, w):
+        y = [reference.grouped_matmul(x, w[c], sizes) for c in range(2)]
+        return y[0] if kind == "matmul" else jax.nn.silu(y[0]) * y[1]
+
+    run = api.grouped_matmul if kind == "matmul" else api.grouped_swiglu
+    first = (lambda w: w[0]) if kind == "matmul" else (lambda w: w)
+    _, back = jax.vjp(lambda x, w: run(x, first(w), sizes, implementation="hopper"), x, w)
+    _, true_back = jax.vjp(wanted, x.astype(jnp.float32), w.astype(jnp.float32))
+    pairs = zip(("dx", "dw"), back(dout), true_back(dout.astype(jnp.float32)), strict=True)
+    return {name: norm_ratio(jnp.asarray(a, jnp.float32), b) for name, a, b in pairs}
+
+
+REAL = {  # kind/rows -> config; the model's widths, a stack of two layers
+    "default": None,
+    "three_stages": Config(stages=3),
+    "cluster": Config(cluster=2),
+    "wide_rows": Config(rows=256),
+    "narrow": Config(columns=128, stages=5),
+}
+
+
+def compile_one(case):
+    from pathlib import Path
+
+    from jax.experimental import topologies
+
+    from mmx.plan import topology
+
+    target = (Path(topology.__file__).parent / "h200.textproto").read_text()
+    device = topologies.get_topology_desc(
+        "h200", platform="cuda", topology="1x1x1", target_config=target)
+    mesh = jax.sharding.Mesh(np.array(device.devices), ("x",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def array(shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
+    kind, rows, name = case.split("/")
+    M, E, D, F = int(rows), 32, 6144, 9216
+    if kind == "swiglu":
+        x, w = array((M, D)), array((2, 2, E, D, F))
+    else:
+        x, w = array((M, F)), array((2, E, F, D))
+
+    def function(x, w, layer, sizes):
+        public = api.grouped_swiglu if kind == "swiglu" else api.grouped_matmul
+        if name == "public":  # the automatic choice
+            return public(x, Stacked(w, layer), sizes)
+        if name == "gradient":
+            return jax.grad(lambda x, w: jnp.sum(public(x, w[0], sizes).astype(jnp.float32)),
+                            argnums=(0, 1))(x, w)
+        kernel = mosaic_gpu_kernel.grouped_swiglu if kind == "swiglu" else (
+            mosaic_gpu_kernel.grouped_matmul)
+        return kernel(x, Stacked(w, layer), sizes, config=REAL[name])
+
+    with dispatch.compiling_for("gpu"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(function).lower(x, w, array((), jnp.int32), array((E,), jnp.int32))
+    return {"temp": lowered.compile().memory_analysis().temp_size_in_bytes}
+
+
+if __name__ == "__main__":
+    act = {"interpret": interpret, "compile": compile_one}[sys.argv[1]]
+    results = {}
+    for case in sys.argv[2:]:
+        # The assembler's report goes to this stream too: a line tells whose it is.
+        print("case", case, flush=True)
+        results[case] = act(case)
+    print(json.dumps(results))

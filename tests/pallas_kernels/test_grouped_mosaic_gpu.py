@@ -1,0 +1,107 @@
+"""Our grouped products for Hopper, interpreted on a CPU and compiled for an H200."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.grouped_matmul import mosaic_gpu_kernel
+from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.grouped_matmul.mosaic_gpu_items import items_of
+from tests.tolerances import bound
+
+ROOT = Path(__file__).parent.parent.parent
+NAMES = ("ragged", "full", "nothing", "few_rows", "wide_rows", "in_stack", "blocks_of_tiles",
+         "cluster")
+INTERPRETED = [*(f"{kind}/{name}" for kind in ("matmul", "swiglu") for name in NAMES),
+               "gradient/matmul", "gradient/swiglu"]
+COMPILED = ["matmul/4096/public", "swiglu/4096/public", "matmul/32768/cluster",
+            "swiglu/32768/cluster", "matmul/32768/wide_rows", "swiglu/32768/wide_rows"]
+
+
+def work(what, cases, timeout, **environment):
+    env = {key: value for key, value in os.environ.items()
+           if what == "interpret" or not key.startswith("JAX_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.pallas_kernels.grouped_mosaic_gpu_worker", what, *cases],
+        cwd=ROOT, env={**env, "PYTHONPATH": str(ROOT), **environment}, capture_output=True,
+        text=True, timeout=timeout)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip("the GPU interpreter came with jax 0.11")
+    return json.loads(work("interpret", INTERPRETED, 300).splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Per case: memory, and what the assembler says of the kernel."""
+    output = work("compile", COMPILED, 600, MOSAIC_GPU_DUMP_PTXAS="1")
+    cases = json.loads(output.splitlines()[-1])
+    for section in re.split(r"^case ", output, flags=re.MULTILINE)[1:]:
+        name = section.split("\n", 1)[0].strip()
+        cases[name]["spills"] = [int(x) for x in re.findall(r"(\d+) bytes spill", section)]
+        cases[name]["warnings"] = re.findall(r".*wgmma.*serialized.*", section)
+    return cases
+
+
+@pytest.mark.parametrize("case", INTERPRETED)
+def test_interpreted_equals_float64(interpreted, case):
+    kind = "gradient" if case.startswith("gradient") else "kernel"
+    for what, error in interpreted[case].items():
+        assert error if isinstance(error, bool) else error <= bound(kind, jnp.bfloat16), what
+
+
+@pytest.mark.gpu_aot
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiles_for_h200_without_spills_or_copies(compiled, case):
+    """No weight is cut out of its stack: the list of items is all there is beside the arrays."""
+    assert compiled[case]["spills"] and not any(compiled[case]["spills"]), compiled[case]
+    assert not compiled[case]["warnings"] and compiled[case]["temp"] < 1 << 20, compiled[case]
+
+
+@pytest.mark.parametrize("rest", (False, True))
+@pytest.mark.parametrize("sizes", [(0, 0, 0), (5, 0, 300), (256, 1, 127), (0, 700, 0)], ids=str)
+def test_items_cover_every_row_and_band_once(sizes, rest):
+    M, rows, bands = 700, 128, 3
+    items, count = items_of(jnp.array(sizes, jnp.int32), M, rows, bands, 2, rest)
+    seen = np.zeros((M, bands), int)
+    group_of_row = np.repeat(np.arange(4), [*sizes, M - sum(sizes)])
+    listed = np.asarray(items).reshape(-1, 4)
+    assert count <= len(listed)
+    for group, start, length, band in listed[:int(count)]:
+        assert 0 < length <= rows
+        assert (group_of_row[start:start + length] == group).all()
+        seen[start:start + length, band] += 1
+    total = M if rest else sum(sizes)
+    assert (seen[:total] == 1).all() and not seen[total:].any()
+
+
+@pytest.mark.parametrize("dtype, F, config, message", [
+    ("float32", 256, {}, "takes bfloat16; got x of float32"),
+    ("bfloat16", 200, {}, "It takes multiples of"),
+    ("bfloat16", 256, {"stages": 1}, "does not fit: rows are"),
+    ("bfloat16", 256, {"rows": 256, "columns": 256}, "does not fit: rows are"),
+], ids=str)
+def test_what_the_kernel_does_not_take_is_refused(dtype, F, config, message):
+    x, w = jnp.zeros((64, 64), dtype), jnp.zeros((1, 64, F), dtype)
+    with pytest.raises(ValueError, match=message):
+        mosaic_gpu_kernel.grouped_matmul(x, w, jnp.array([64]),
+                                         config=mosaic_gpu_kernel.Config(**config))
+
+
+def test_another_platform_is_refused():
+    x, w = jnp.zeros((64, 64), jnp.bfloat16), jnp.zeros((1, 64, 256), jnp.bfloat16)
+    with pytest.raises(ValueError, match="'hopper' runs on an NVIDIA GPU"):
+        grouped_matmul(x, w, jnp.array([64]), implementation="hopper")
