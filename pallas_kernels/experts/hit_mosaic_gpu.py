@@ -34,16 +34,15 @@ class Config:
       columns: of a tile, 64 or 128.
       step: of the contracted axis, 64 or 128.
       stages: depth of the ring of loaded weights.
-      casts: buffers of cast int8 weights; with two, casts overlap products.
-      run: int8 weights that a thread casts at once, 4 or 8.
+      splits: parts of the contracted axis, whose sums are added after the kernel. Few tokens of
+        int8 need several: a multiprocessor casts fast enough only with a few blocks in flight.
     """
 
     rows: int | None = None
-    columns: int | None = None
+    columns: int = 128
     step: int = 64
     stages: int | None = None
-    casts: int = 2
-    run: int = 8
+    splits: int | None = None
 
 
 def refusal(g_TD, gate_up) -> str | None:
@@ -124,23 +123,21 @@ def _product(x_MK, w_LPEKN, scale_LPE1N, *, plan, rows, config, interpret):
     M, K = x_MK.shape
     P, N = w_LPEKN.shape[1], w_LPEKN.shape[-1]
     quantised = scale_LPE1N is not None
-    W = config.columns or (64 if quantised else 128)
-    step, casts = config.step, config.casts
-    steps = K // step
+    W, step = config.columns, config.step
+    splits = config.splits or _splits(quantised, M // rows * (N // W), K // step)
+    steps = K // step // splits
     bf16, f32 = jnp.bfloat16, jnp.float32
     # Several blocks share the 227 KiB of a multiprocessor.
     one = step * (P * W * (1 if quantised else 2) + 2 * rows)
-    cast_bytes = casts * P * step * W * 2 if quantised else 0
-    stages = min(steps, config.stages or max(2, (110 * 1024 - cast_bytes - 2 * W * rows) // one))
+    stages = min(steps, config.stages or (2 if quantised else max(2, 106 * 1024 // one)))
+    fused = P == 2 and splits == 1
     narrow = (plgpu.TilingTransform((8, W)), plgpu.SwizzleTransform(W))  # int8
-    layout_of_casts = (plgpu.Layout.WGMMA_UPCAST_4X if config.run == 8
-                       else plgpu.Layout.WGMMA_UPCAST_2X)
     row_tiles = (plgpu.TilingTransform((8, rows)), plgpu.SwizzleTransform(2 * rows))
 
     def experts_product(index, experts, count, x, w, *refs, x_smem, w_smem, full, done, cast=None,
                         out_smem=None):
         scale, y = refs if quantised else (None, *refs)
-        block, tile = lax.axis_index("block"), lax.axis_index("tile")
+        block, tile, split = (lax.axis_index(name) for name in ("block", "tile", "split"))
         columns, own_rows = pl.ds(tile * W, W), pl.ds(block * rows, rows)
 
         @pl.when(block < count[0])
@@ -149,11 +146,11 @@ def _product(x_MK, w_LPEKN, scale_LPE1N, *, plan, rows, config, interpret):
 
             def fetch(i):
                 slot = lax.rem(i, jnp.int32(stages))
-                part = pl.ds(i * step, step)
+                part = pl.ds((split * steps + i) * step, step)
                 for p in range(P):
                     plgpu.copy_gmem_to_smem(
-                        w.at[layer, p, expert, part, columns], w_smem.at[slot * P + p],
-                        full.at[slot])
+                        w.at[layer, p, expert, part, columns],
+                        w_smem.at[slot, pl.ds(p * step, step)], full.at[slot])
                 plgpu.copy_gmem_to_smem(x.at[own_rows, part], x_smem.at[slot], full.at[slot])
 
             for i in range(stages):
@@ -173,18 +170,17 @@ def _product(x_MK, w_LPEKN, scale_LPE1N, *, plan, rows, config, interpret):
                 def _(i):
                     slot = lax.rem(i, jnp.int32(stages))
                     plgpu.barrier_wait(full.at[slot])
-                    lefts = [w_smem.at[slot * P + p] for p in range(P)]
+                    left = w_smem.at[slot]
                     if quantised:
-                        own = lax.rem(i, jnp.int32(casts)) * P
-                        if casts == 1:
-                            plgpu.wgmma_wait(0)
-                        for p in range(P):
-                            values = load(lefts[p], layout=layout_of_casts, optimized=False)
-                            lefts[p] = cast.at[own + p]
-                            lefts[p][...] = values.astype(bf16)
+                        values = load(left, layout=plgpu.Layout.WGMMA_UPCAST_4X, optimized=False)
+                        values = values.astype(bf16)
+                        plgpu.wgmma_wait(0)
+                        cast[...] = values
                         plgpu.commit_smem()
+                        left = cast
                     for p in range(P):
-                        plgpu.wgmma(accs[p], transposed(lefts[p]), transposed(x_smem.at[slot]))
+                        plgpu.wgmma(accs[p], transposed(left.at[pl.ds(p * step, step)]),
+                                    transposed(x_smem.at[slot]))
                     # One step stays in flight while the next one's operands are awaited.
                     plgpu.wgmma_wait(P)
 
@@ -199,8 +195,10 @@ def _product(x_MK, w_LPEKN, scale_LPE1N, *, plan, rows, config, interpret):
                 sums = [total * lax.broadcast_in_dim(
                     load(scale.at[layer, p, expert, 0, columns], layout=_WGMMA.reduce(1),
                          optimized=False), total.shape, [0]) for p, total in enumerate(sums)]
-            if P == 1:
-                y[columns, own_rows] = sums[0]
+            if not fused:
+                for p in range(P):
+                    target = y.at[split, p, columns, own_rows]
+                    target[...] = sums[p]
                 return
             gate, up = sums
             out_smem[...] = (gate / (1 + jnp.exp(-gate)) * up).astype(bf16)
@@ -210,21 +208,34 @@ def _product(x_MK, w_LPEKN, scale_LPE1N, *, plan, rows, config, interpret):
 
     scratch = {
         "x_smem": plgpu.SMEM((stages, rows, step), bf16, transforms=TILES),
-        "w_smem": plgpu.SMEM((stages * P, step, W), w_LPEKN.dtype,
+        "w_smem": plgpu.SMEM((stages, P * step, W), w_LPEKN.dtype,
                              transforms=narrow if quantised else TILES),
         "full": plgpu.Barrier(num_arrivals=P + 1, num_barriers=stages),
         "done": plgpu.Barrier(),
     }
     if quantised:
-        scratch["cast"] = plgpu.SMEM((casts * P, step, W), bf16, transforms=TILES)
-    if P == 2:
+        scratch["cast"] = plgpu.SMEM((P * step, W), bf16, transforms=TILES)
+    if fused:
         scratch["out_smem"] = plgpu.SMEM((W, rows), bf16, transforms=row_tiles)
-    return plgpu.kernel(
+    y = plgpu.kernel(
         experts_product,
-        out_type=jax.ShapeDtypeStruct((N, M), bf16 if P == 2 else f32),
+        out_type=jax.ShapeDtypeStruct((N, M) if fused else (splits, P, N, M),
+                                      bf16 if fused else f32),
         scratch_types=scratch,
         # Tiles of one block run next to each other: they share its rows through L2.
-        grid=(M // rows, N // W), grid_names=("block", "tile"),
+        grid=(M // rows, N // W, splits), grid_names=("block", "tile", "split"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret or None,
     )(*plan, x_MK, w_LPEKN, *([scale_LPE1N] if quantised else []))
+    if fused:
+        return y
+    gate, *up = jnp.sum(y, axis=0)
+    return (jax.nn.silu(gate) * up[0]).astype(bf16) if up else gate
+
+
+def _splits(quantised: bool, tiles: int, steps: int) -> int:
+    """Enough parts for three blocks of int8 on each of 132 multiprocessors; bfloat16 needs none."""
+    parts = 1
+    while quantised and 2 * parts * tiles <= 3 * 132 and steps % (2 * parts) == 0:
+        parts *= 2
+    return parts
