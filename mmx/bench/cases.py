@@ -15,6 +15,7 @@ from mmx.bench.timing import Run, dispatched, looped
 from mmx.config import ModelConfig
 from mmx.nn.lightning import decay_slopes
 from pallas_kernels import attention, grouped_matmul, lightning_attention
+from pallas_kernels.grouped_matmul.api import grouped_swiglu
 
 # Steps of one compiled loop over a decode step, which is shorter than its dispatch.
 LOOP_STEPS = 32
@@ -205,13 +206,11 @@ class _Maker:
         def prepare(seed):
             key = partial(arrays.named_key, seed)
             (x,) = self._draw(seed, x=(M, D))
-            weights = [arrays.values(key(f"w{i}"), (E, D, F), self.dtype, scale=D**-0.5)
-                       for i in range(matrices)]
-
-            def products(name, x, weights, sizes):
-                return [grouped_matmul(x, w, sizes, implementation=name) for w in weights]
+            shape = (E, D, F) if matrices == 1 else (matrices, E, D, F)
+            w = arrays.values(key("w"), shape, self.dtype, scale=D**-0.5)
+            product = grouped_matmul if matrices == 1 else grouped_swiglu
             return lambda name: dispatched(
-                jax.jit(partial(products, name)), x, weights, jnp.asarray(sizes))
+                jax.jit(partial(product, implementation=name)), x, w, jnp.asarray(sizes))
 
         return Case(f"grouped_{kind}", "grouped_matmul", f"t{M}",
                     {"rows": M, "groups": E, "in": D, "out": F, "matrices": matrices,

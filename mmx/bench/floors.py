@@ -75,9 +75,11 @@ def lightning_step(B: int, N: int, H: int) -> Work:
 
 
 def grouped(M: int, D: int, F: int, groups: int, size: int, matrices: int = 1) -> Work:
-    """`matrices` products of M rows, each row with its group's D × F; `groups` are not empty."""
-    moved = matrices * groups * D * F + M * D + matrices * M * F
-    formula = f"({matrices}·{groups}·{D}·{F} + {M}·{D} + {matrices}·{M}·{F})·{size}"
+    """M rows by their group's D × F matrix, or by `matrices` of them whose products end as one
+    result (gate and up); `groups` are not empty.
+    """
+    moved = matrices * groups * D * F + M * D + M * F
+    formula = f"({matrices}·{groups}·{D}·{F} + {M}·{D} + {M}·{F})·{size}"
     return Work(moved * size, formula,
                 2 * matrices * M * D * F, f"2·{matrices}·{M}·{D}·{F}")
 

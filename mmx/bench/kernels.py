@@ -16,7 +16,7 @@ AUTO = "auto"
 REFERENCE = "reference"
 OPS = ("lightning_attention", "grouped_matmul", "attention")
 # Parts of names by the platform where they are at home; elsewhere they are refused or interpreted.
-_HOME = {"tpu": ("tpu", "splash", "megablox"), "gpu": ("gpu", "cudnn", "triton", "cuda")}
+_HOME = {"tpu": ("tpu", "splash", "megablox"), "gpu": ("gpu", "hopper", "cudnn", "triton", "cuda")}
 
 
 def listed(op: str) -> list[str]:

@@ -15,8 +15,8 @@ from mmx.bench import floors
 from mmx.bench.floors import Ceilings, Work
 from mmx.bench.timing import Method, Timing
 
-_PACKAGES = ("mmx", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin", "jax-triton",
-             "triton")
+_PACKAGES = ("mmx", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin",
+             "jax-triton", "triton")
 # Keys that all records of a run share.
 FACTS = ("bench", "model", "command", "commit", "seed", "versions", "device", "method", "geometry",
          "ceilings")

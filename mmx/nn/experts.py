@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from mmx.nn.expert_layout import halves, merged, narrow, one_expert
 from mmx.nn.linear import project
 from mmx.nn.wide import Wide
-from pallas_kernels import dispatch, grouped_matmul, tuning
+from pallas_kernels import dispatch, grouped_matmul
 from pallas_kernels.experts.api import hit_experts, hit_fits
 from pallas_kernels.grouped_matmul.api import fused_fits, grouped_swiglu
 from pallas_kernels.grouped_matmul.stacked import Stacked, cut

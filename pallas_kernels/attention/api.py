@@ -105,6 +105,8 @@ def partial_attention(
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     automatic = implementation or _automatic(q_BTNH, k_BSKH, offsets_B, None)
+    if implementation is None and automatic not in _PARTIAL:
+        automatic = "xla"
     run = dispatch.choose("partial_attention", _PARTIAL, implementation, automatic,
                           (B, T, S, N, K, H))
     return run(q_BTNH, k_BSKH, v_BSKH, offsets_B, stride, phase)

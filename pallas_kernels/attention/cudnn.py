@@ -3,16 +3,18 @@
 Without offsets by jax's public function. With offsets a chunk attends to all of its past and
 causally to itself; the two are merged by log-sum-exp. The public function rounds that to bfloat16
 (3 % of a weight) and wants time before heads, which would copy the cache, so its inner one is
-called. With offsets it is chosen by name only.
+called.
 
-Lowered, not compiled or run (cuDNN itself compiles these calls); the merge is tested on a CPU.
+On an H200, 64 heads over 8 of 128: 16,384 queries at an offset of 114,688 at 581 TFLOP/s; 4,096 at
+8,192 in 2.58 ms (blocks in XLA: 15.4); decode of 64 rows at 8,192 in 0.498 ms, 4.3 TB/s (2.35), of
+one row at 131,000 in 0.141 ms (4.32).
 """
 
 import jax
 import jax.extend.backend
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tuning
 
 
 def loaded() -> bool:
@@ -39,9 +41,11 @@ def refusal(q_BTNH, k_BSKH, samples_BT) -> str | None:
 
 
 def suits(q_BTNH, k_BSKH, offsets_B, samples_BT) -> bool:
-    """Whether it is the automatic choice: no offsets, and a GPU for which cuDNN has a kernel."""
-    if offsets_B is not None or refusal(q_BTNH, k_BSKH, samples_BT):
+    """Whether it is the automatic choice: on GPUs from Ampere on, with offsets on Hopper."""
+    if refusal(q_BTNH, k_BSKH, samples_BT):
         return False
+    if offsets_B is not None:  # by an inner function of jax, run on this generation alone
+        return tuning.hopper()
     capability = jax.local_devices()[0].compute_capability
     return tuple(int(part) for part in capability.split(".")) >= (8, 0)
 

@@ -129,7 +129,7 @@ def _product(x_MK, w_LPEKN, scale_LPE1N, *, plan, rows, config, interpret):
     bf16, f32 = jnp.bfloat16, jnp.float32
     # Several blocks share the 227 KiB of a multiprocessor.
     one = step * (P * W * (1 if quantised else 2) + 2 * rows)
-    stages = min(steps, config.stages or (2 if quantised else max(2, 106 * 1024 // one)))
+    stages = min(steps, config.stages or (3 if quantised else max(2, 106 * 1024 // one)))
     fused = P == 2 and splits == 1
     narrow = (plgpu.TilingTransform((8, W)), plgpu.SwizzleTransform(W))  # int8
     row_tiles = (plgpu.TilingTransform((8, rows)), plgpu.SwizzleTransform(2 * rows))
