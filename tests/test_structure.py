@@ -34,6 +34,7 @@ WITHIN_ROW = {
     ("mmx.hf_config", "mmx.errors"), ("mmx.text", "mmx.errors"), ("mmx.text", "mmx.config"),
     ("mmx.model", "mmx.cache"),
     ("mmx.checkpoint", "mmx.quant"), ("mmx.checkpoint", "mmx.obs"), ("mmx.flops", "mmx.quant"),
+    ("mmx.bench", "mmx.plan"),  # full size: planned memory beside what is measured
     ("mmx.cli", "mmx.lm"), ("mmx.cli", "mmx"), ("mmx", "mmx.lm"), ("mmx.__main__", "mmx.cli"),
 }
 

@@ -3,6 +3,7 @@
 import re
 
 from mmx.plan.hlo_text import Computation, Instruction, Leaf, Module
+from pallas_kernels import costs
 
 # Names of what is already there, and control flow, whose parts are counted for themselves.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
@@ -37,7 +38,10 @@ def moved(module: Module, place: Computation, line: Instruction) -> float:
         return 3 * _bytes(module, operands[-1])
     if line.op == "custom-call":
         estimate = re.search(r'"cost_estimate":\{[^{}]*"bytes_accessed":"?(\d+)', line.attributes)
-        return float(estimate[1]) if estimate else read + written
+        if estimate:
+            return float(estimate[1])
+        kernel = costs.told(line.source)
+        return kernel[1] if kernel else read + written
     if line.op == "fusion":
         return _fusion(module, place, line)
     return read + written

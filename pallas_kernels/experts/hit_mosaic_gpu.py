@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.costs import kernel_cost
 from pallas_kernels.grouped_matmul.stacked import stack
 from pallas_kernels.lightning_attention.mosaic_gpu_block import TILES, load, transposed
 
@@ -217,7 +218,7 @@ def _product(x_MK, w_LPEKN, scale_LPE1N, *, plan, rows, config, interpret):
         scratch["cast"] = plgpu.SMEM((P * step, W), bf16, transforms=TILES)
     if fused:
         scratch["out_smem"] = plgpu.SMEM((W, rows), bf16, transforms=row_tiles)
-    y = plgpu.kernel(
+    run = plgpu.kernel(
         experts_product,
         out_type=jax.ShapeDtypeStruct((N, M) if fused else (splits, P, N, M),
                                       bf16 if fused else f32),
@@ -226,7 +227,13 @@ def _product(x_MK, w_LPEKN, scale_LPE1N, *, plan, rows, config, interpret):
         grid=(M // rows, N // W, splits), grid_names=("block", "tile", "split"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret or None,
-    )(*plan, x_MK, w_LPEKN, *([scale_LPE1N] if quantised else []))
+    )
+    # As many experts as can be hit; what a step really reads, its tokens decide.
+    experts = min(M // rows, w_LPEKN.shape[2])
+    weights = experts * P * K * N * w_LPEKN.dtype.itemsize
+    results = (2 if fused else 4 * P * splits) * N * M
+    with kernel_cost(2 * M * P * K * N, weights + 2 * K * M + results):
+        y = run(*plan, x_MK, w_LPEKN, *([scale_LPE1N] if quantised else []))
     if fused:
         return y
     gate, *up = jnp.sum(y, axis=0)

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.costs import kernel_cost
 from pallas_kernels.grouped_matmul import tiles
 from pallas_kernels.grouped_matmul.mosaic_gpu_items import items_of
 from pallas_kernels.grouped_matmul.stacked import stack
@@ -133,7 +134,7 @@ def _call(s: _Shape, header, items, x_MD, w, interpret):
         _Block(s, dict(zip(names, refs, strict=True)) | scratch).run()
 
     kernel.__name__ = "grouped_swiglu" if s.parts == 2 else "grouped_matmul"
-    return plgpu.kernel(
+    run = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((x_MD.shape[0], s.F), bf16),
         scratch_types={
@@ -149,7 +150,10 @@ def _call(s: _Shape, header, items, x_MD, w, interpret):
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret or None,
-    )(header, items, x_MD, w)
+    )
+    M, weights = x_MD.shape[0], s.E * s.parts * s.D * s.F
+    with kernel_cost(2 * M * s.parts * s.D * s.F, 2 * (weights + M * (s.D + s.F))):
+        return run(header, items, x_MD, w)
 
 
 class _Block:

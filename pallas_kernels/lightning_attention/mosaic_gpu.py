@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.costs import kernel_cost
 from pallas_kernels.lightning_attention.mosaic_gpu_block import (
     MARKS,
     ROWS,
@@ -290,7 +291,7 @@ def _call(shape: Shape, *, tensors, slopes_N, lengths_B, marks, incoming, interp
 
     direction = "reverse" if shape.reverse else "forward"
     kernel.__name__ = f"lightning_{direction if shape.outputs else direction + '_states'}"
-    got = plgpu.kernel(
+    program = plgpu.kernel(
         kernel,
         out_type=tuple(results.values()),
         scratch_types=scratch,
@@ -301,5 +302,11 @@ def _call(shape: Shape, *, tensors, slopes_N, lengths_B, marks, incoming, interp
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret or None,
-    )(*inputs.values())
+    )
+    rows = R * B * T * N
+    # A chunk's scores and values, and the state's update and reading.
+    flops = rows * (4 * H * H if shape.outputs else 2 * H * H) + shape.outputs * rows * 4 * C * H
+    states = ((incoming is not None) * P * R * B * N * H * H + results["outgoing"].size) * 4
+    with kernel_cost(flops, rows * H * 2 * (4 if shape.outputs else 2) + states):
+        got = program(*inputs.values())
     return (*got[1:], got[0])

@@ -1,0 +1,147 @@
+"""A model with random weights on a mesh, and its engine's programs, compiled once and timed."""
+
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mmx.bench import full_arrays
+from mmx.bench.timing import Timing
+from mmx.bench.whole import STEPS, Job
+from mmx.cache import Cache
+from mmx.config import ModelConfig
+from mmx.engine.steps import Steps
+from mmx.plan import programs
+
+# Capacities are multiples of it: any mesh's sequence axis divides them.
+_UNIT = 256
+ROUNDS = 5
+
+
+class Model:
+    """Random weights of a geometry on a mesh. `init_s`: seconds to draw them, compiling too."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: str, quantize: str | None,
+                 seed: int = 0):
+        self.config, self.mesh, self.dtype, self.seed = config, mesh, dtype, seed
+        begin = time.perf_counter()
+        self.params = full_arrays.weights(config, mesh, seed, dtype, quantize)
+        self.init_s = time.perf_counter() - begin
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights on one device."""
+        return programs.share_bytes(self.params)
+
+    def run(self, job: Job, until: float, trace: Callable | None = None,
+            then: int = 0) -> tuple[Timing, dict]:
+        """Times a job until the clock reads `until`, once at least; returns timing and facts.
+
+        The facts have compile_s, planned_bytes (one device's, by the compiler's count, which is
+        `mmx plan`'s), and collectives_ms if `trace` was given. With `then`, as many decode steps
+        follow a prefill, and continued_ms tells the time of each.
+        """
+        return (self._prefill if job.operation == "prefill" else self._decode)(
+            job, until, trace, then)
+
+    def _compiled(self, program, cache, ids, lengths) -> tuple[Callable, dict]:
+        begin = time.perf_counter()
+        compiled = program.lower(self.params, cache, ids, lengths).compile()
+        found = {"compile_s": time.perf_counter() - begin}
+        try:
+            memory = programs.memory_of(compiled, {"weights": self.weight_bytes})
+            found |= {"planned_bytes": memory.total, "planned_temporaries": memory.temporaries}
+        except (AttributeError, NotImplementedError):
+            pass  # a backend that counts nothing
+        return compiled, found
+
+    def _prefill(self, job: Job, until: float, trace, then: int) -> tuple[Timing, dict]:
+        steps = Steps(self.config, self.params, 1, self.dtype, self.mesh)
+
+        def put(array):
+            return jax.device_put(np.asarray(array, np.int32), steps.sharding)
+
+        ids_T = np.random.default_rng(self.seed).integers(0, self.config.vocab_size, job.tokens)
+        pieces = [ids_T[i:i + job.chunk] for i in range(0, job.tokens, job.chunk)]
+        padded = [put(np.pad(one, (0, job.chunk - len(one)))[None]) for one in pieces]
+        lengths = [put([len(one)]) for one in pieces]
+        cache = steps.init(1, room(len(pieces) * job.chunk + then))
+        program, found = self._compiled(steps._prefill, cache, padded[0], lengths[0])
+        held = [cache]
+        del cache
+
+        def call(count=None):
+            cache = steps.reset(held.pop())
+            for ids, length in zip(padded[:count], lengths[:count], strict=True):
+                logits, cache = program(self.params, cache, ids, length)
+            jax.block_until_ready((logits, cache))
+            held.append(cache)
+            return logits
+
+        call(1)
+        timing = self._timed(call, 1, until)
+        if then:
+            decode, more = self._compiled(steps._decode, held[0], put([0]), put([1]))
+            found["continued_compile_s"] = more["compile_s"]
+            cache, id_1, taken, one = held.pop(), put([int(ids_T[0])]), [], put([1])
+            for _ in range(then):
+                begin = time.perf_counter()
+                logits, cache = decode(self.params, cache, id_1, one)
+                id_1 = put(np.asarray(jnp.argmax(logits, axis=-1)))
+                taken.append((time.perf_counter() - begin) * 1e3)
+            found |= {"continued_ms": taken, "finite": bool(jnp.isfinite(logits).all()),
+                      "length": int(np.asarray(cache.lengths_B)[0])}
+            held.append(cache)
+        if trace is not None:
+            found["collectives_ms"] = trace(lambda: call(1), 1)
+            found["collectives_of"] = f"the first chunk of {job.chunk} tokens"
+        return timing, found
+
+    def _decode(self, job: Job, until: float, trace, then: int) -> tuple[Timing, dict]:
+        B = job.batch
+        steps = Steps(self.config, self.params, B, self.dtype, self.mesh)
+
+        def put(array):
+            return jax.device_put(np.asarray(array, np.int32), steps.sharding)
+
+        ids = [put(row) for row in np.random.default_rng(self.seed).integers(
+            0, self.config.vocab_size, (STEPS, B))]
+        active_B = put(np.ones(B))
+        cache = full_arrays.cache(self.config, self.mesh, B, room(job.tokens + STEPS), self.dtype,
+                                  self.seed)
+        where = cache.lengths_B.sharding
+        program, found = self._compiled(steps._decode, cache, ids[0], active_B)
+        held = [cache]
+        del cache
+
+        def call(count=STEPS):
+            lengths = jax.device_put(np.full(B, job.tokens, np.int32), where)
+            cache = Cache(held.pop().stacks, lengths)
+            for ids_B in ids[:count]:
+                logits, cache = program(self.params, cache, ids_B, active_B)
+            jax.block_until_ready((logits, cache))
+            held.append(cache)
+
+        call()
+        timing = self._timed(call, STEPS, until)
+        if trace is not None:
+            found["collectives_ms"] = trace(lambda: call(1), 1)
+            found["collectives_of"] = "one step"
+        return timing, found
+
+    @staticmethod
+    def _timed(call, steps: int, until: float) -> Timing:
+        seconds = []
+        while not seconds or len(seconds) < ROUNDS and time.monotonic() < until:
+            begin = time.perf_counter()
+            call()
+            seconds.append((time.perf_counter() - begin) / steps)
+        return Timing(tuple(seconds), steps)
+
+
+def room(tokens: int) -> int:
+    """The capacity of a cache for `tokens`."""
+    return -(-tokens // _UNIT) * _UNIT

@@ -1,0 +1,80 @@
+"""mmx.bench.full_size on simulated devices, its parts, and launch/full_size_gpu.sh."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace as Box
+
+import pytest
+
+from mmx.bench import collectives, full_size
+from tests.launch.launchers import ROOT, commands, example, launch
+
+SCRIPT = "full_size_gpu.sh"
+
+
+@pytest.mark.parametrize("mesh", ["tensor=4", "expert=2,tensor=2"])
+def test_rows_on_four_simulated_devices(tmp_path, mesh):
+    done = subprocess.run(
+        [sys.executable, "-m", "mmx.bench.full_size", "--model=nano", f"--mesh={mesh}",
+         "--prompts=64", "--batches=1,4", "--contexts=64", "--chunk=32", "--long=96",
+         "--quantize=int8", "--seconds=60", f"--output={tmp_path}"], cwd=ROOT,
+        capture_output=True, text=True, timeout=240, env={
+            **os.environ, "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    found = {(row["operation"], row["shape"]): row for row in rows}
+    assert not any("error" in row for row in rows), rows
+    long = found["prefill", "1x96"]
+    assert long["finite"] and len(long["continued_ms"]) == 16 and long["length"] == 96 + 16
+    for shape in ("b1c64", "b4c64"):
+        assert found["decode", shape]["planned_bytes"] > 0 and found["decode", shape]["floor_ms"]
+    assert "largest_context" in {name for name, _ in found}
+    assert "prefill 1x96" in (tmp_path / "details.md").read_text()
+
+
+def test_rows_come_in_order_of_weight():
+    asked = full_size.arguments().parse_args(["--long=1048576"])
+    shapes = [job.shape for job, _ in full_size.jobs(asked)]
+    assert shapes == ["b1c1024", "b16c1024", "b64c1024", "1x8192", "1x65536", "1x1048576",
+                      "b1c65536", "b16c65536", "b64c65536", "1x262144"]
+
+
+def test_out_of_memory_is_named():
+    assert full_size.failure(RuntimeError("RESOURCE_EXHAUSTED: 9 GiB")).startswith("Out of memory")
+    assert full_size.failure(RuntimeError("Other.")) == "Other."
+
+
+def test_collectives_are_summed_by_kind_over_streams_of_devices():
+    def event(name, ns):
+        return Box(name=name, duration_ns=ns)
+
+    def gpu(number, ns):
+        return Box(name=f"/device:GPU:{number}", lines=[
+            Box(name="Stream #13(Compute)", events=[
+                event("ncclDevKernel_AllReduce_Sum_bf16", ns), event("gemm", 5e9)]),
+            Box(name="XLA Ops", events=[event("all-reduce.1", 1e9)])])
+
+    host = Box(name="/host:CPU", lines=[Box(name="Stream", events=[event("all-reduce", 1e9)])])
+    assert collectives.summed([gpu(0, 1e6), gpu(1, 3e6), host]) == {"all-reduce": 2.0}
+    assert collectives.summed([host]) is None
+    assert collectives.kind_of("ncclDevKernel_SendRecv") == "send-receive"
+
+
+def test_script_prints_what_it_would_run():
+    code, out, err = launch(SCRIPT, "--help")
+    assert code == 0 and not err and "--dry-run" in out
+    code, out, err = launch(SCRIPT, "--dry-run", *example(SCRIPT))
+    shown = commands(out)
+    assert code == 0 and not err and len(shown) == 2
+    assert "--quantize=int8" in shown[1] and "--quantize=int8" not in shown[0]
+    assert [int(re.search(r"kill-after=10 (\d+)", line)[1]) for line in out.splitlines()][0] <= 243
+
+
+@pytest.mark.parametrize("word", ["--wings", "--minutes=0", "--only=fp8", "--mesh=8", "--output="])
+def test_script_refuses_in_a_sentence(word):
+    code, out, err = launch(SCRIPT, "--dry-run", word)
+    assert code == 2 and not out and err.startswith(f"{SCRIPT}: ")
