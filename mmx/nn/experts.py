@@ -4,8 +4,10 @@ All give the weighted sum over each token's experts, float32 [T, D]. Which is fa
 tokens and device; `choose` knows. `filled`, `hit` and `fused` cannot be differentiated.
 
 A scan over layers cuts weights out of their stack. On TPU `dense` reads them in place, others copy
-the layer first; `hit` and `fused` read a `Stacked` weight where it lies. One token through 3 layers
-of 8 experts on v6e: 2.0 GB by `hit`, 8.2 by `dense`, 46 by `gather` (compiled, not run).
+the layer first; `hit` and `fused`, kernels for TPU and Hopper, read a `Stacked` weight where it
+lies. One token through 3 layers of 8 experts on v6e: 2.0 GB by `hit`, 8.2 by `dense`, 46 by
+`gather` (compiled, not run). A step of 16 tokens through 8 layers on an H200: 190 ms by `dense`,
+14.9 by `hit`.
 """
 
 import jax
@@ -29,7 +31,8 @@ def choose(tokens: int, k: int, num_experts: int, width: int, inference: bool,
            kernels: tuple[str, ...] = (), stacked: bool = False) -> str:
     """Few tokens read only the experts they hit; a few more stream all; many are grouped.
 
-    kernels: which of "hit" and "fused" fit a TPU's memory. stacked: weights are not cut out yet.
+    kernels: which of "hit" and "fused" take these arguments on the TPU or Hopper GPU at hand.
+    stacked: weights are not cut out yet.
     """
     platform = dispatch.platform()
     if platform == "cpu":
