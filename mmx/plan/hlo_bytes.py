@@ -3,7 +3,6 @@
 import re
 
 from mmx.plan.hlo_text import Computation, Instruction, Leaf, Module
-from pallas_kernels import costs
 
 # Names of what is already there, and control flow, whose parts are counted for themselves.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
@@ -40,8 +39,7 @@ def moved(module: Module, place: Computation, line: Instruction) -> float:
         estimate = re.search(r'"cost_estimate":\{[^{}]*"bytes_accessed":"?(\d+)', line.attributes)
         if estimate:
             return float(estimate[1])
-        kernel = costs.told(line.source)
-        return kernel[1] if kernel else read + written
+        return line.kernel_cost[1] if line.kernel_cost else read + written
     if line.op == "fusion":
         return _fusion(module, place, line)
     return read + written

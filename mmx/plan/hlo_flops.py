@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from mmx.plan.hlo_text import Computation, Instruction, numbers
-from pallas_kernels import costs
 
 
 def counted(place: Computation, line: Instruction) -> collections.Counter:
@@ -32,8 +31,8 @@ def counted(place: Computation, line: Instruction) -> collections.Counter:
             [lhs.dims[dim] for dim in numbers(over[1])] if over else 1))
     elif estimate := _cost_estimate(line):
         counts["kernel"] += float(estimate.get("flops", 0))
-    elif kernel := costs.told(line.source):
-        counts["kernel"] += kernel[0]
+    elif line.kernel_cost:
+        counts["kernel"] += line.kernel_cost[0]
     return counts
 
 

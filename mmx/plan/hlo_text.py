@@ -11,6 +11,7 @@ _SHAPE = re.compile(r"\b(pred|token|opaque|bf16|f4e2m1fn|f8\w+|[suf]\d+|c\d+)"
                     r"\[([\d,<=?]*)\](?:\{([^{}]*)\})?|\b(token)\b")
 _COMPUTATION = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*\(.*\{\s*$")
 # What a kernel says of itself stands on lines of its own, the last of which begins with a brace.
+_KERNEL_COST = re.compile(r"kernel_cost_flops_(\d+)_bytes_(\d+)")
 _KERNEL_NOTES = re.compile(r"kernel_metadata=\{\n[^\n]*\n\}")
 _INSTRUCTION = re.compile(r"^\s+(ROOT\s+)?%?([\w.\-]+)\s*=\s*(.*)$")
 
@@ -68,6 +69,12 @@ class Instruction:
     @property
     def target(self) -> str:
         return self.attribute(r'custom_call_target="([^"]*)"') or ""
+
+    @property
+    def kernel_cost(self) -> tuple[float, float] | None:
+        """(operations, bytes) as `pallas_kernels.costs` tells them in the name of a kernel."""
+        found = _KERNEL_COST.findall(self.source)
+        return (float(found[-1][0]), float(found[-1][1])) if found else None
 
 
 class Computation:
