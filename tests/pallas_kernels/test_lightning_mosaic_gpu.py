@@ -102,10 +102,12 @@ def test_public_functions_choose_the_kernels_for_an_h200(compiled):
     assert compiled["public/2"]["kernels"] == ["lightning_decode", "lightning_forward"]
 
 
-@pytest.mark.parametrize("heads, whole", [
-    (8, False), (64, False), (66, False), (128, True), (192, False), (512, True)], ids=str)
-def test_whole_heads_where_they_fill_the_multiprocessors(heads, whole):
-    assert mosaic_gpu._whole_heads(heads) == whole
+@pytest.mark.parametrize("heads, tokens, whole", [
+    (8, 8192, False), (64, 8192, False), (66, 8192, False), (128, 8192, True), (192, 8192, False),
+    (512, 8192, True), (64, 65536, False), (64, 131072, True), (8, 1 << 20, False)], ids=str)
+def test_whole_heads_where_they_fill_the_multiprocessors_or_sequences_are_long(
+        heads, tokens, whole):
+    assert mosaic_gpu._whole_heads(heads, tokens // 64) == whole
 
 
 @pytest.mark.parametrize("H, dtype, message", [
