@@ -26,6 +26,7 @@ from mmx.nn.tokens import Tokens, last_token
 from mmx.parallel.ops import NO_CHOICE, Ops
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.grouped_matmul.stacked import Stacked
+from pallas_kernels.quantized import TurnedTensor
 
 
 class Aux(NamedTuple):
@@ -306,10 +307,10 @@ def _run_stack(config, stack: Stack, params, slopes_RPN, x, memory, tokens, rema
         x, new, stats = repeat(x, first(params), slopes_RPN[0], held)
         return x, jax.tree.map(lambda leaf: leaf[None], new), stats
 
-    # A kernel reads experts where they lie in the stack; cut out by the scan, they would be copied.
+    # A kernel reads weights where they lie in the stack; cut out by the scan, they would be copied.
     in_place = {path: leaf for path, leaf in params.items()
                 if memory is not None and (dispatch.platform() == "tpu" or tuning.hopper())
-                and path.endswith(("moe/gate_up", "moe/down"))}
+                and (path.endswith(("moe/gate_up", "moe/down")) or isinstance(leaf, TurnedTensor))}
     params = {path: leaf for path, leaf in params.items() if path not in in_place}
 
     def body(carry, inputs):

@@ -13,7 +13,7 @@ import numpy as np
 from mmx.config import ModelConfig
 from mmx.errors import UserError
 from mmx.model import param_specs
-from pallas_kernels.quantized import QuantizedTensor, dequantize
+from pallas_kernels.quantized import QuantizedTensor, TurnedTensor, dequantize
 
 INT8 = "int8"
 _MAX = np.float32(127)
@@ -65,6 +65,16 @@ def quantize_params(params: Mapping) -> dict:
     return {path: quantize(x, axes)
             if (axes := contracted_axes(path)) and not isinstance(x, QuantizedTensor) else x
             for path, x in params.items()}
+
+
+def turn(path: str, leaf: QuantizedTensor) -> TurnedTensor:
+    """Returns the int8 leaf at `path` as matrices [out, in]; its memory is given up."""
+    return _turn(leaf, contracted_axes(path))
+
+
+@jax.jit(static_argnums=1, donate_argnums=0)
+def _turn(leaf, axes):
+    return TurnedTensor.of(leaf, axes)
 
 
 def dequantize_params(params: Mapping, dtype) -> dict:

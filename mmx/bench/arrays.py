@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from mmx.config import ModelConfig
 from mmx.model import param_specs
 from mmx.nn.params import draw, initial_kind
-from mmx.quant import contracted_axes, quantize
+from mmx.quant import contracted_axes, quantize, turn
 
 _PIECE = 1 << 26
 
@@ -43,16 +43,20 @@ def named_key(seed: int, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
-def weights(config: ModelConfig, seed: int, dtype: str, mode: str | None) -> dict:
+def weights(config: ModelConfig, seed: int, dtype: str, mode: str | None,
+            turned: bool = False) -> dict:
     """Random parameters as `mmx.load(..., random_weights=True)` distributes them.
 
     With `mode` "int8" each matrix is quantised before the next is drawn, so that a device which
-    holds the int8 model, but not the bfloat16 one, suffices.
+    holds the int8 model, but not the bfloat16 one, suffices. `turned` lays them [out, in].
     """
     params = {}
     for path, spec in param_specs(config, dtype).items():
         kind, scale = initial_kind(spec)
         leaf = values(named_key(seed, path), spec.shape, spec.dtype, kind, scale)
         axes = contracted_axes(path) if mode else ()
-        params[path] = jax.block_until_ready(quantize(leaf, axes) if axes else leaf)
+        if axes:
+            leaf = quantize(leaf, axes)
+            leaf = turn(path, leaf) if turned else leaf
+        params[path] = jax.block_until_ready(leaf)
     return params

@@ -22,6 +22,7 @@ class Plan:
     model: str | None = None
     dtype: str | None = None
     quantize: str | None = None
+    turned: bool = False
     what: tuple[str, ...] = ()
     shapes: tuple[str, ...] = ()
     implementations: tuple[str, ...] = ()
@@ -125,7 +126,7 @@ class _Bench:
 
         def make():
             log.note(f"drawing the weights of {self.name} …")
-            return whole.Model(self.config, self.dtype, plan.quantize, plan.seed)
+            return whole.Model(self.config, self.dtype, plan.quantize, plan.seed, plan.turned)
 
         with Progress(len(self.jobs), "rows", title="bench") as bar:
             for job, timing in whole.measure(self.jobs, make, plan.method):

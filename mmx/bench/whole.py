@@ -59,9 +59,10 @@ class Job:
 class Model:
     """Random weights of a geometry, as the engine holds them."""
 
-    def __init__(self, config: ModelConfig, dtype: str, quantize: str | None, seed: int):
+    def __init__(self, config: ModelConfig, dtype: str, quantize: str | None, seed: int,
+                 turned: bool = False):
         self.config, self.dtype, self.seed = config, dtype, seed
-        params = arrays.weights(config, seed, dtype, quantize)
+        params = arrays.weights(config, seed, dtype, quantize, turned)
         self._forbidden_V = jax.device_put(find_forbidden(params))
         self._params = widen(params) if jax.default_backend() == "cpu" else params
 

@@ -59,6 +59,9 @@ class BenchSettings:
     dtype: str | None = setting(None, "Number format; float32 on a CPU unless given.",
                                 choices=("float32", "bfloat16"))
     quantize: str | None = setting(None, "period, decode: int8 weights.", choices=("int8",))
+    turned: bool = setting(
+        False, "period, decode: lay int8 matrices with the contracted axis innermost, for the "
+        "Hopper kernel that multiplies integers.")
     rounds: int = setting(5, "Turns of each implementation; 0 with --check only compares.", low=0)
     at_least_ms: float = setting(50.0, "Least time between two readings of the clock.", low=0)
     seed: int = setting(0, "Seed of inputs and weights.", low=0)
@@ -76,7 +79,8 @@ Settings = BenchSettings
 # Settings that have a meaning for some subjects alone.
 _ONLY = {"what": ("kernels",), "shapes": ("kernels",), "implementation": ("kernels",),
          "check": ("kernels",), "prompts": ("period",), "prefill_chunk": ("period",),
-         "batch": ("decode",), "context": ("decode",), "quantize": ("period", "decode")}
+         "batch": ("decode",), "context": ("decode",), "quantize": ("period", "decode"),
+         "turned": ("period", "decode")}
 
 
 def run(call) -> int:
@@ -98,7 +102,7 @@ def run(call) -> int:
 
     call.announce()
     plan = Plan(
-        settings.subject, settings.model, settings.dtype, settings.quantize,
+        settings.subject, settings.model, settings.dtype, settings.quantize, settings.turned,
         words(settings.what), words(settings.shapes), words(settings.implementation),
         words(settings.peers), settings.check, numbers["prompts"],
         numbers["batch"] or Plan.batches, settings.context or Plan.context,
@@ -127,6 +131,9 @@ def refuse(settings: BenchSettings) -> None:
         if getattr(settings, name) not in (None, False) and subject not in subjects:
             raise UserError(f"--{name} is not for 'mmx bench {subject}'.",
                             f"It goes with {' and '.join(subjects)}.", "Leave it out.")
+    if settings.turned and settings.quantize is None:
+        raise UserError("--turned has no int8 weights to turn.", "It goes with --quantize=int8.",
+                        "Add that, or leave it out.")
     if not settings.rounds and not settings.check:
         raise UserError("--rounds=0 measures nothing.", "It goes with --check.",
                         "Ask for at least one round.")

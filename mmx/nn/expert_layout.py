@@ -3,7 +3,8 @@
 import jax
 
 from mmx.nn.wide import Wide
-from pallas_kernels.quantized import dequantize
+from pallas_kernels.grouped_matmul.stacked import Stacked, cut
+from pallas_kernels.quantized import TurnedTensor, dequantize
 
 
 def halves(gate_up):
@@ -16,6 +17,12 @@ def narrow(gate_up, E: int, F: int):
     if not isinstance(gate_up, Wide):
         return gate_up
     return gate_up.values.reshape(-1, E, 2, F).transpose(2, 1, 0, 3)
+
+
+def plain(weight):
+    """Returns the weight; a turned leaf turned back, and cut out of its stack."""
+    own = weight.whole if isinstance(weight, Stacked) else weight
+    return cut(weight).plain() if isinstance(own, TurnedTensor) else weight
 
 
 def merged(gate_up):

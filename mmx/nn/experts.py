@@ -13,7 +13,7 @@ lies. One token through 3 layers of 8 experts on v6e: 2.0 GB by `hit`, 8.2 by `d
 import jax
 import jax.numpy as jnp
 
-from mmx.nn.expert_layout import halves, merged, narrow, one_expert
+from mmx.nn.expert_layout import halves, merged, narrow, one_expert, plain
 from mmx.nn.linear import project
 from mmx.nn.wide import Wide
 from pallas_kernels import dispatch, grouped_matmul
@@ -75,6 +75,8 @@ def apply(name, inference: bool, g_TD, weight_Tk, expert_Tk, gate_up, down):
         gate_up = narrow(gate_up, E, F)
     if name not in TAKE_STACKED:
         gate_up, down = cut(gate_up), cut(down)
+    if name not in TAKE_TURNED:
+        gate_up, down = plain(gate_up), plain(down)
     return TABLE[name](g_TD, weight_Tk, expert_Tk, gate_up, down)
 
 
@@ -292,7 +294,9 @@ def _rows(x, index):
 
 TABLE = {"sliced": sliced, "gather": gather, "dense": dense, "grouped": grouped, "tiled": tiled,
          "filled": filled, "hit": hit, "fused": fused}
-# Forms that read a `Wide` gate_up, or a `Stacked` leaf, as it is, and that leave nobody's ids out.
+# Forms that read a `Wide` gate_up, a `Stacked` or a `TurnedTensor` leaf as it is, and that leave
+# nobody's ids out.
 TAKE_WIDE = ("sliced", "dense", "filled")
 TAKE_STACKED = ("hit", "fused")
+TAKE_TURNED = ("hit",)
 TAKE_NOBODY = ("grouped", "hit", "fused")

@@ -10,7 +10,9 @@ from mmx.config import HEAD_DTYPE, ModelConfig
 from mmx.nn.params import Factory, xavier
 from mmx.nn.wide import Wide
 from pallas_kernels import dispatch, precision
-from pallas_kernels.quantized import QuantizedTensor, dequantize
+from pallas_kernels.grouped_matmul.stacked import Stacked, cut
+from pallas_kernels.int8_product.api import int8_product, product_fits
+from pallas_kernels.quantized import QuantizedTensor, TurnedTensor, dequantize
 
 
 def project(spec: str, x: jax.Array, weight, out_dtype=None, activation=None) -> jax.Array:
@@ -19,6 +21,10 @@ def project(spec: str, x: jax.Array, weight, out_dtype=None, activation=None) ->
     An int8 weight enters the product as integers; its scale, constant over the contracted axes,
     is applied to the product. `activation` is applied last, elementwise.
     """
+    if isinstance(weight, TurnedTensor | Stacked):
+        if _suits_kernel(x, weight):
+            return _by_kernel(x, weight, out_dtype, activation)
+        weight = cut(weight).plain()
     values = (weight.values if isinstance(weight, QuantizedTensor) else weight).astype(x.dtype)
     inputs, output = spec.split("->")
     left, right = inputs.split(",")
@@ -49,6 +55,23 @@ def project(spec: str, x: jax.Array, weight, out_dtype=None, activation=None) ->
     if activation is not None:
         out = activation(out)
     return out if shape is None else out.reshape(shape)
+
+
+def _suits_kernel(x, weight) -> bool:
+    """Whether a kernel multiplies x with a turned weight on the Hopper GPU at hand."""
+    return product_fits(x.size // math.prod(_own(weight).inner), x.dtype, weight)
+
+
+def _by_kernel(x, weight, out_dtype, activation):
+    own = _own(weight)
+    outer = x.shape[: x.ndim - len(own.inner)]
+    out = int8_product(x.reshape(-1, math.prod(own.inner)), weight, implementation="mosaic_gpu")
+    out = out.reshape(*outer, *own.outer).astype(out_dtype or x.dtype)
+    return out if activation is None else activation(out)
+
+
+def _own(weight) -> TurnedTensor:
+    return weight.whole if isinstance(weight, Stacked) else weight
 
 
 def _is_matrix_product(left: str, right: str, output: str) -> bool:

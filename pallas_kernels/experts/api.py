@@ -5,7 +5,7 @@ import jax
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.experts import reference
 from pallas_kernels.grouped_matmul.stacked import Stacked
-from pallas_kernels.quantized import QuantizedTensor
+from pallas_kernels.quantized import QuantizedTensor, TurnedTensor
 
 
 def _pallas_tpu(g_TD, weight_Tk, expert_Tk, gate_up, down):
@@ -18,12 +18,17 @@ def _pallas_tpu(g_TD, weight_Tk, expert_Tk, gate_up, down):
 
 
 def _mosaic_gpu(g_TD, weight_Tk, expert_Tk, gate_up, down):
-    from pallas_kernels.experts import hit_mosaic_gpu
-
     if dispatch.platform() != "gpu":
         raise ValueError("hit_experts 'mosaic_gpu' runs on NVIDIA GPUs of the Hopper generation; "
                          f"this is a {dispatch.platform()}. Pass 'reference' or None.")
-    return hit_mosaic_gpu.hit_experts(g_TD, weight_Tk, expert_Tk, gate_up, down)
+    return _hopper_kernel(gate_up).hit_experts(g_TD, weight_Tk, expert_Tk, gate_up, down)
+
+
+def _hopper_kernel(gate_up):
+    from pallas_kernels.experts import hit_int8_mosaic_gpu, hit_mosaic_gpu
+
+    own = gate_up.whole if isinstance(gate_up, Stacked) else gate_up
+    return hit_int8_mosaic_gpu if isinstance(own, TurnedTensor) else hit_mosaic_gpu
 
 
 _IMPLEMENTATIONS = {"reference": reference.experts, "pallas_tpu": _pallas_tpu,
@@ -34,8 +39,8 @@ def hit_experts(
     g_TD: jax.Array,
     weight_Tk: jax.Array,
     expert_Tk: jax.Array,
-    gate_up: jax.Array | QuantizedTensor | Stacked,
-    down: jax.Array | QuantizedTensor | Stacked,
+    gate_up: jax.Array | QuantizedTensor | TurnedTensor | Stacked,
+    down: jax.Array | QuantizedTensor | TurnedTensor | Stacked,
     *,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -47,10 +52,11 @@ def hit_experts(
       g_TD: float32 or bfloat16. weight_Tk: float32. expert_Tk: int32 ids; ids outside 0 … E-1 are
         of nobody and add nothing.
       gate_up: [2, E, D, F]; down: [E, F, D]; of g's dtype, or int8 with scales [2, E, 1, F] and
-        [E, 1, D]; either may lie inside a stack of layers.
+        [E, 1, D], or such matrices turned; either may lie inside a stack of layers.
       implementation: "reference" (all experts), "pallas_tpu" (one kernel, interpreted on a CPU),
-        "mosaic_gpu" (Hopper GPUs: bfloat16 tokens, D and F multiples of 128), or None: the kernel
-        of a TPU or Hopper GPU where it fits, else the reference.
+        "mosaic_gpu" (Hopper GPUs: bfloat16 tokens, D and F multiples of 128; turned matrices meet
+        tokens as two int8 parts), or None: the kernel of a TPU or Hopper GPU where it fits, else
+        the reference.
 
     Returns:
       float32 [T, D]. The kernels cannot be differentiated.
@@ -78,9 +84,7 @@ def hit_experts(
 def hit_fits(g_TD, gate_up) -> bool:
     """Whether this is a TPU or a Hopper GPU and its kernel takes these shapes there."""
     if tuning.hopper():
-        from pallas_kernels.experts import hit_mosaic_gpu
-
-        return hit_mosaic_gpu.refusal(g_TD, gate_up) is None
+        return _hopper_kernel(gate_up).refusal(g_TD, gate_up) is None
     if dispatch.platform() != "tpu":
         return False
     from pallas_kernels.experts import hit_pallas_tpu

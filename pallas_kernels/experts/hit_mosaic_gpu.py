@@ -63,10 +63,9 @@ def hit_experts(g_TD, weight_Tk, expert_Tk, gate_up, down, *, config=None, inter
     """As the public function; raises ValueError for a dtype or width that it does not take."""
     if sentence := refusal(g_TD, gate_up):
         raise ValueError(sentence)
-    E, _, D = down.shape
-    T, k = expert_Tk.shape
+    E = down.shape[0]
     config = config or Config()
-    rows = config.rows or _rows_of_block(T * k, E)
+    rows = config.rows or rows_of_block(expert_Tk.size, E)
     slot_M, source, plan = layout(expert_Tk, E, rows)
     up_values, up_scale, index = stack(gate_up)
     down_values, down_scale, _ = stack(down)
@@ -77,13 +76,19 @@ def hit_experts(g_TD, weight_Tk, expert_Tk, gate_up, down, *, config=None, inter
     hidden_FM = call(x_MD, up_values, up_scale)
     out_DM = call(hidden_FM.T, down_values[:, None], None if down_scale is None
                   else down_scale[:, None])
-    out_TkD = jnp.take(out_DM, slot_M, axis=1).T.reshape(T, k, D)
+    return sum_by_token(out_DM, slot_M, weight_Tk, expert_Tk, E)
+
+
+def sum_by_token(out_DM, slot_M, weight_Tk, expert_Tk, E: int):
+    """float32 [T, D]: each token's weighted rows of `out_DM`."""
+    T, k = expert_Tk.shape
+    out_TkD = jnp.take(out_DM, slot_M, axis=1).T.reshape(T, k, -1)
     # Ids of nobody, whose slots hold anything.
     mine_Tk1 = ((expert_Tk >= 0) & (expert_Tk < E))[..., None]
     return jnp.sum(jnp.where(mine_Tk1, out_TkD * weight_Tk[..., None], 0), axis=1)
 
 
-def _rows_of_block(pairs: int, experts: int) -> int:
+def rows_of_block(pairs: int, experts: int) -> int:
     """A block holds twice an expert's mean: a second one reads its weights again, through L2."""
     for rows in (16, 32):
         if pairs <= rows // 2 * experts:

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantized import QuantizedTensor
+from pallas_kernels.quantized import QuantizedTensor, TurnedTensor
 
 
 @jax.tree_util.register_dataclass
@@ -18,11 +18,11 @@ class Stacked:
     are hit. A kernel that is given the stack and a number reads it where it lies.
 
     Attributes:
-      whole: all layers' weights [R, ...], or a QuantizedTensor of them.
+      whole: all layers' weights [R, ...], or an int8 leaf of them.
       index: int32 scalar.
     """
 
-    whole: jax.Array | QuantizedTensor
+    whole: jax.Array | QuantizedTensor | TurnedTensor
     index: jax.Array
 
     @property
@@ -60,6 +60,6 @@ def stack(weight):
     else:
         whole, index = jax.tree.map(lambda leaf: leaf[None], weight), 0
     index = jnp.asarray(index, jnp.int32).reshape(1)
-    if isinstance(whole, QuantizedTensor):
+    if isinstance(whole, QuantizedTensor | TurnedTensor):
         return whole.values, whole.scale, index
     return whole, None, index

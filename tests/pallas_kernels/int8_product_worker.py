@@ -1,0 +1,110 @@
+"""Runs or compiles the Hopper kernel for int8 matrices in a process of its own.
+
+`python -m tests.pallas_kernels.int8_product_worker interpret CASE...` prints errors as one line of
+JSON, `... compile CASE...` the temporary memory of what was compiled. Cases are named in
+test_int8_product.py.
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["NPROC"] = "16"  # the interpreter needs more threads than cores
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import dispatch
+from pallas_kernels.experts import hit_int8_mosaic_gpu, reference
+from pallas_kernels.grouped_matmul.stacked import Stacked
+from pallas_kernels.int8_product import api, mosaic_gpu
+from pallas_kernels.quantized import QuantizedTensor, TurnedTensor
+from tests.pallas_kernels import hit_mosaic_gpu_worker as hit
+from tests.tolerances import norm_ratio
+
+
+def interpret(case):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    how = plgpu.InterpretGPUParams(detect_races=True)
+    what, kind = case.split("/")
+    return dense(int(kind), how) if what == "dense" else experts(kind, what == "one_pass", how)
+
+
+def dense(M, how):
+    rng = np.random.default_rng(M)
+    x = rng.standard_normal((M, 256)) * np.exp(rng.standard_normal((M, 1)))  # rows of any size
+    weight = QuantizedTensor(
+        jnp.asarray(rng.integers(-127, 128, (2, 2, 128, 256)), jnp.int8),
+        jnp.asarray(rng.random((2, 1, 1, 256)) + 0.5, jnp.float32))
+    x = jnp.asarray(x, jnp.bfloat16)
+    got = api._mosaic_gpu(x, Stacked(TurnedTensor.of(weight, (1, 2)), jnp.int32(1)), how)
+    whole = np.asarray(weight.values[1], np.float64) * np.asarray(weight.scale[1])
+    return norm_ratio(got, np.asarray(x, np.float64) @ whole.reshape(256, 256))
+
+
+def experts(kind, one_pass, how):
+    """`one_pass`: the contracted axis is not split, so that SiLU happens in the kernel."""
+    weight, expert = hit.route(kind)
+    g = np.random.default_rng(0).standard_normal((len(weight), hit.D))
+    g = jnp.asarray(g, jnp.bfloat16)
+    plain = hit.weights("int8")
+    turned = [Stacked(TurnedTensor.of(w, (axis,)), jnp.int32(1))
+              for w, axis in zip(plain, (3, 2), strict=True)]
+    config = mosaic_gpu.Config(splits=1, stages=2) if one_pass else None
+    got = hit_int8_mosaic_gpu.hit_experts(g, weight, expert, *turned, config=config, interpret=how)
+    stacked = [Stacked(w, jnp.int32(1)) for w in plain]
+    return norm_ratio(got, reference.experts(g, weight, expert, *stacked))
+
+
+def compile_one(case):
+    from jax.experimental import topologies
+
+    from mmx.plan import topology
+
+    target = (Path(topology.__file__).parent / "h200.textproto").read_text()
+    device = topologies.get_topology_desc(
+        "h200", platform="cuda", topology="1x1x1", target_config=target)
+    mesh = jax.sharding.Mesh(np.array(device.devices), ("x",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=everywhere)
+
+    def turned(*lead, inner, outer):
+        return TurnedTensor(array((2, *lead, outer, inner), "int8"),
+                            array((2, *lead, outer), "float32"), (inner,), (outer,))
+
+    what, T = case.split("/")
+    T, D, F = int(T), 6144, 9216
+    if what == "dense":
+        arguments = array((T, D), "bfloat16"), turned(inner=D, outer=24576), array((), "int32")
+
+        def run(x, weight, layer):
+            return api._mosaic_gpu(x, Stacked(weight, layer))
+    else:
+        arguments = (array((T, D), "bfloat16"), array((T, 2), "float32"), array((T, 2), "int32"),
+                     turned(2, 32, inner=D, outer=F), turned(32, inner=F, outer=D),
+                     array((), "int32"))
+
+        def run(g, weight, expert, gate_up, down, layer):
+            return hit_int8_mosaic_gpu.hit_experts(
+                g, weight, expert, Stacked(gate_up, layer), Stacked(down, layer))
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), dispatch.compiling_for("gpu"):
+        compiled = jax.jit(run).lower(*arguments).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+if __name__ == "__main__":
+    run = {"interpret": interpret, "compile": compile_one}[sys.argv[1]]
+    results = {}
+    for case in sys.argv[2:]:
+        # The assembler's report goes to this stream too: a line tells whose it is.
+        print("case", case, flush=True)
+        results[case] = run(case)
+    print(json.dumps(results))
