@@ -94,7 +94,7 @@ def compile_one(chip: str, kernel: str):
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from pallas_kernels.lightning_attention import pallas_tpu, pallas_tpu_backward
+    from pallas_kernels.lightning_attention import pallas_tpu, pallas_tpu_backward, pallas_tpu_block
     from pallas_kernels.lightning_attention.pallas_tpu_decode import HEADS as ROWS
     from pallas_kernels.lightning_attention.pallas_tpu_decode import decode
 
@@ -105,8 +105,7 @@ def compile_one(chip: str, kernel: str):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        name = "backward" if kernel == "backward" else "forward"
-        blocks = pallas_tpu.tuned(name, TOKENS, HEADS)
+        blocks = pallas_tpu_block.tuned(TOKENS, HEADS)
         x = aval(1, TOKENS, HEADS, H, dtype=jnp.bfloat16)
         state, slopes = aval(1, HEADS, H, H), aval(HEADS)
         starts = aval(1, TOKENS, dtype=jnp.bool_)
@@ -140,7 +139,7 @@ def compile_one(chip: str, kernel: str):
         extra = (4 + 8 * H / C) * TOKENS if "packed" in kernel else 0
         scratch = 4 * heads * (H * H + C * C + 2 * C * H)
         if kernel == "backward":
-            scratch += 2 * blocks.chunks * H * H
+            scratch += 2 * 2 * blocks.chunks * H * H
         products = 10 if kernel == "backward" else 4
         moved = passes * tensor_bytes + states + extra
         found = {"step_tokens_heads": tokens * heads,
