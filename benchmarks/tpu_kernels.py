@@ -1,6 +1,6 @@
 """What the TPU compiler makes of the lightning kernels: no TPU is needed, and none is run.
 
-    python benchmarks/tpu_kernels.py [--chips=v5e,v6e] [--json=FILE]
+    python benchmarks/tpu_kernels.py [--chips=v5e,v6e] [--kernels=forward,backward] [--json=FILE]
 
 Each kernel is compiled for each chip at 64 heads of 128 and 8,192 tokens in bfloat16, with the
 blocks of pallas_kernels/lightning_attention/blocks.json. The columns:
@@ -17,6 +17,7 @@ blocks of pallas_kernels/lightning_attention/blocks.json. The columns:
 
 import argparse
 import glob
+import itertools
 import json
 import os
 import re
@@ -28,13 +29,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 TOKENS, HEADS, H = 8192, 64, 128
-KERNELS = {"forward": ("lightning_forward", 4), "forward, packed": ("lightning_forward", 4),
+KERNELS = {"forward": ("lightning_forward", 4), "packed": ("lightning_forward", 4),
            "backward": ("lightning_backward", 7), "decode": ("lightning_decode", 0)}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chips", default=",".join(TOPOLOGIES))
+    parser.add_argument("--kernels", default=",".join(KERNELS))
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -42,12 +44,14 @@ def main():
         compile_one(*args.worker)
         return
     rows = []
-    for chip in args.chips.split(","):
-        if chip not in TOPOLOGIES:
-            sys.exit(f"No chip '{chip}'. It is one of {', '.join(TOPOLOGIES)}.")
-        for kernel in KERNELS:
-            rows.append(row(chip, kernel))
-            print(line(rows[-1]), flush=True)
+    chips, kernels = args.chips.split(","), args.kernels.split(",")
+    for what, names, known in (("chip", chips, TOPOLOGIES), ("kernel", kernels, KERNELS)):
+        for name in names:
+            if name not in known:
+                sys.exit(f"No {what} '{name}'. It is one of {', '.join(known)}.")
+    for chip, kernel in itertools.product(chips, kernels):
+        rows.append(row(chip, kernel))
+        print(line(rows[-1]), flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps(
             {"command": "python benchmarks/tpu_kernels.py", "method": "compiled, not run",
@@ -94,7 +98,7 @@ def compile_one(chip: str, kernel: str):
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from pallas_kernels.lightning_attention import pallas_tpu, pallas_tpu_backward
+    from pallas_kernels.lightning_attention import pallas_tpu, pallas_tpu_backward, pallas_tpu_block
     from pallas_kernels.lightning_attention.pallas_tpu_decode import HEADS as ROWS
     from pallas_kernels.lightning_attention.pallas_tpu_decode import decode
 
@@ -105,8 +109,7 @@ def compile_one(chip: str, kernel: str):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        name = "backward" if kernel == "backward" else "forward"
-        blocks = pallas_tpu.tuned(name, TOKENS, HEADS)
+        blocks = pallas_tpu_block.tuned(TOKENS, HEADS)
         x = aval(1, TOKENS, HEADS, H, dtype=jnp.bfloat16)
         state, slopes = aval(1, HEADS, H, H), aval(HEADS)
         starts = aval(1, TOKENS, dtype=jnp.bool_)
@@ -140,7 +143,7 @@ def compile_one(chip: str, kernel: str):
         extra = (4 + 8 * H / C) * TOKENS if "packed" in kernel else 0
         scratch = 4 * heads * (H * H + C * C + 2 * C * H)
         if kernel == "backward":
-            scratch += 2 * blocks.chunks * H * H
+            scratch += 2 * 2 * blocks.chunks * H * H
         products = 10 if kernel == "backward" else 4
         moved = passes * tensor_bytes + states + extra
         found = {"step_tokens_heads": tokens * heads,

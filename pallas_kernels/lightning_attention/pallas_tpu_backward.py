@@ -5,8 +5,10 @@ gradient of the state after it (arXiv 2501.08313 §2.2, differentiated):
 
     dQ = P K + λ^(r+1) dO Sᵀ       dK = Pᵀ Q + λ^(C-1-c) V Rᵀ       dV = Aᵀ dO + λ^(C-1-c) K R
 
-S of each block was saved by the forward pass (1/8 of the bytes of q at 2,048 tokens a block), those
-of its chunks are rebuilt, so that q, k, v and dO are read once for all three gradients.
+S of each block was saved by the forward pass (1/8 of the bytes of q at 2,048 tokens a block); S
+and R of its chunks are made first, so that q, k, v and dO are read once for all three gradients.
+Then chunks depend on each other no more, and A and P of one are made while the products of the
+chunk before wait for nothing: they fill the matrix units, which keep the order written here.
 
 Compiled for v5e, v5p, v6e and tpu7x and run by the interpreter; not run on a TPU.
 """
@@ -18,107 +20,82 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.lightning_attention.pallas_tpu import (
+from pallas_kernels.lightning_attention.pallas_tpu_block import (
     NN,
     NT,
+    PARAMS,
     TN,
-    VMEM_BYTES,
     Blocks,
-    chunk_at,
+    Walk,
     dot,
     flat,
-    iota,
     layout,
+    scaled,
+    scratch,
     specs,
-    write_decays,
 )
 
 
 def _backward_kernel(
     lengths_ref, slopes_ref, q_ref, k_ref, v_ref, dout_ref, saved_ref, dlast_ref, *refs,
-    blocks, H, packed, ragged
+    blocks, packed, ragged
 ):
     refs = list(refs)
     packed = (refs.pop(0), refs.pop(0)) if packed else None
     dq_ref, dk_ref, dv_ref, dfirst_ref, *refs = refs
-    carried_ref, mask_ref, read_ref, write_ref, before_ref = refs
+    carried_ref, *tables, before_ref, after_ref = refs
     b, group, step = (pl.program_id(i) for i in range(3))
     t = pl.num_programs(2) - 1 - step
-    C, dtype = blocks.chunk, q_ref.dtype
+    dtype = q_ref.dtype
+    walk = Walk(blocks, slopes_ref, group * blocks.heads, tuple(tables), packed)
 
     @pl.when(step == 0)
     def _():
         carried_ref[...] = dlast_ref[...]
-        for h in range(blocks.heads):
-            slope = slopes_ref[group * blocks.heads + h]
-            write_decays(slope, mask_ref.at[h], read_ref.at[h], write_ref.at[h], C, H)
+        walk.write_tables()
 
-    def setting(i, h, tokens):
-        slope = slopes_ref[group * blocks.heads + h]
-        chunk = chunk_at(
-            i, (mask_ref[h], read_ref[h], write_ref[h]), slope, packed, tokens, C, H)
-        start = i * C if isinstance(i, int) else pl.multiple_of(i * C, C)
-        at = (pl.ds(start, C), pl.ds(h * H, H))
-
-        def load(ref):
-            x = ref[at]
-            if tokens is None:
-                return x
-            # What lies beyond a row may be anything.
-            return jnp.where(iota((C, H), 0) < tokens, x, jnp.zeros_like(x))
-
-        return chunk, at, load
-
-    def scaled(x, decay):
-        return (x.astype(jnp.float32) * decay).astype(dtype)
-
-    def rebuild(i, h, state, tokens=None):
-        """The state before chunk i is kept for its gradients; the one after it is returned."""
-        chunk, _, load = setting(i, h, tokens)
+    def states(walk, h, i, state):
+        """The state before chunk i is kept; the one after it is returned."""
+        chunk = walk.chunk(i, h)
         before_ref[i] = state.astype(dtype)
-        return chunk.carry * state + dot(scaled(load(k_ref), chunk.write), load(v_ref), TN)
+        k, v = chunk.load(k_ref), chunk.load(v_ref)
+        return chunk.carry * state + dot(scaled(k, chunk.write), v, TN)
 
-    def gradients(i, h, dstate, tokens=None):
-        """Gradients of chunk i are written; that of the state before it is returned."""
-        chunk, at, load = setting(i, h, tokens)
-        q, k, v, dout = (load(x) for x in (q_ref, k_ref, v_ref, dout_ref))
-        after = dstate.astype(dtype)
-        scores = chunk.mask(dot(q, k, NT)).astype(dtype)
-        dscores = chunk.mask(dot(dout, v, NT)).astype(dtype)
-        dq = dot(dscores, k, NN) + chunk.read * dot(dout, before_ref[i], NT)
-        dk = dot(dscores, q, TN) + chunk.write * dot(v, after, NT)
-        dv = dot(scores, dout, TN) + chunk.write * dot(k, after, NN)
-        for ref, x in ((dq_ref, dq), (dk_ref, dk), (dv_ref, dv)):
-            ref[at] = x.astype(dtype)
+    def dstates(walk, h, i, dstate):
+        """The gradient of the state after chunk i is kept; that of the one before is returned."""
+        chunk = walk.chunk(i, h)
+        after_ref[i] = dstate.astype(dtype)
+        q, dout = chunk.load(q_ref), chunk.load(dout_ref)
         return chunk.carry * dstate + dot(q, scaled(dout, chunk.read), TN)
 
-    def whole():
+    def scores(walk, h, i):
+        """A and P of chunk i."""
+        chunk = walk.chunk(i, h)
+        q, k, v, dout = (chunk.load(x) for x in (q_ref, k_ref, v_ref, dout_ref))
+        return tuple(chunk.mask(x).astype(dtype) for x in (dot(q, k, NT), dot(dout, v, NT)))
+
+    def gradients(walk, h, i, own):
+        """Gradients of chunk i, whose A and P are `own`, are written; the next one's returned."""
+        following = scores(walk, h, walk.next(i))
+        A, P = own
+        chunk = walk.chunk(i, h)
+        q, k, v, dout = (chunk.load(x) for x in (q_ref, k_ref, v_ref, dout_ref))
+        before, after = before_ref[i], after_ref[i]
+        dq = chunk.read * dot(dout, before, NT) + dot(P, k, NN)
+        dv = chunk.write * dot(k, after, NN) + dot(A, dout, TN)
+        dk = chunk.write * dot(v, after, NT) + dot(P, q, TN)
+        for ref, x in ((dq_ref, dq), (dk_ref, dk), (dv_ref, dv)):
+            ref[chunk.at] = x.astype(dtype)
+        return following
+
+    def body(walk):
         for h in range(blocks.heads):
-            state, dstate = saved_ref[h], carried_ref[h]
-            for i in range(blocks.chunks):
-                state = rebuild(i, h, state)
-            for i in reversed(range(blocks.chunks)):
-                dstate = gradients(i, h, dstate)
-            carried_ref[h] = dstate
+            walk.fold(functools.partial(states, walk, h), saved_ref[h])
+            carried_ref[h] = walk.fold(
+                functools.partial(dstates, walk, h), carried_ref[h], reverse=True)
+            walk.fold(functools.partial(gradients, walk, h), scores(walk, h, 0))
 
-    if not ragged:
-        whole()
-    else:
-        left = lengths_ref[b] - t * blocks.tokens
-        pl.when(left >= blocks.tokens)(whole)
-
-        @pl.when(left < blocks.tokens)
-        def _():
-            for h in range(blocks.heads):
-                def forth(i, state, h=h):
-                    return rebuild(i, h, state, jnp.clip(left - i * C, 0, C))
-
-                def back(j, dstate, h=h):
-                    i = blocks.chunks - 1 - j
-                    return gradients(i, h, dstate, jnp.clip(left - i * C, 0, C))
-
-                jax.lax.fori_loop(0, blocks.chunks, forth, saved_ref[h])
-                carried_ref[h] = jax.lax.fori_loop(0, blocks.chunks, back, carried_ref[h])
+    walk.run(body, lengths_ref[b] - t * blocks.tokens, ragged)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
@@ -134,33 +111,27 @@ def backward(q_BTNH, k_BTNH, v_BTNH, slopes_N, saved_BcNHH, starts_BT, lengths_B
     B, T, N, H = q_BTNH.shape
     padding, lengths_B, ragged, extra = layout(q_BTNH, starts_BT, lengths_B, blocks)
     count = (T + padding) // blocks.tokens
-    C, heads, f32 = blocks.chunk, blocks.heads, jnp.float32
-    sequence, state, extra_specs = specs(
+    sequence, state, saved, extra_specs = specs(
         blocks, H, bool(extra), order=lambda t: count - 1 - t)
-    saved = pl.BlockSpec(
-        (None, None, heads, H, H), lambda b, n, t, *_: (b, count - 1 - t, n, 0, 0))
     inputs = [flat(x, padding) for x in (q_BTNH, k_BTNH, v_BTNH, dout_BTNH)]
     *grads, dfirst = pl.pallas_call(
-        functools.partial(
-            _backward_kernel, blocks=blocks, H=H, packed=bool(extra), ragged=ragged),
+        functools.partial(_backward_kernel, blocks=blocks, packed=bool(extra), ragged=ragged),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(B, N // heads, count),
+            grid=(B, N // blocks.heads, count),
             in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), *[sequence] * 4, saved, state,
                       *extra_specs],
             out_specs=[*[sequence] * 3, state],
             scratch_shapes=[
-                *(pltpu.VMEM((heads, *shape), f32) for shape in ((H, H), (C, C), (C, H), (C, H))),
-                pltpu.VMEM((blocks.chunks, H, H), q_BTNH.dtype),
+                *scratch(blocks, H),
+                *[pltpu.VMEM((blocks.chunks, H, H), q_BTNH.dtype)] * 2,
             ],
         ),
         out_shape=[*[jax.ShapeDtypeStruct(inputs[0].shape, q_BTNH.dtype)] * 3,
-                   jax.ShapeDtypeStruct((B, N, H, H), f32)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_BYTES),
+                   jax.ShapeDtypeStruct((B, N, H, H), jnp.float32)],
+        compiler_params=PARAMS,
         cost_estimate=pl.CostEstimate(
-            flops=B * (T + padding) * N * 10 * H * (C + H),
+            flops=B * (T + padding) * N * 10 * H * (blocks.chunk + H),
             bytes_accessed=7 * inputs[0].nbytes + saved_BcNHH.nbytes, transcendentals=0),
         interpret=interpret,
         name="lightning_backward",

@@ -5,8 +5,9 @@ import functools
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.lightning_attention import pallas_tpu
+from pallas_kernels.lightning_attention.pallas_tpu import forward
 from pallas_kernels.lightning_attention.pallas_tpu_backward import backward
+from pallas_kernels.lightning_attention.pallas_tpu_block import LANES, tuned
 
 
 def lightning_attention(
@@ -23,7 +24,7 @@ def lightning_attention(
             "GPU. Pass implementation=None for the form made for it."
         )
     # Blocks of [B, T, N·H] hold whole heads only where a head fills whole lanes.
-    if q_BTNH.shape[-1] % pallas_tpu.LANES:
+    if q_BTNH.shape[-1] % LANES:
         raise ValueError(
             f"lightning_attention's 'pallas_tpu' takes heads of a multiple of 128; these have "
             f"{q_BTNH.shape[-1]}. Pass 'xla' or None."
@@ -34,31 +35,23 @@ def lightning_attention(
     )
 
 
-def _run(q, k, v, slopes, state, starts, lengths, interpret, kernel, saves):
-    blocks = pallas_tpu.tuned(kernel, q.shape[1], q.shape[2])
-    return pallas_tpu.forward(
-        q, k, v, slopes, state, starts, lengths, blocks=blocks, interpret=interpret, saves=saves
-    )
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def _attention(q, k, v, slopes, state, starts, lengths, interpret):
-    return _run(q, k, v, slopes, state, starts, lengths, interpret, "forward", False)
+    return forward(q, k, v, slopes, state, starts, lengths,
+                   blocks=tuned(*q.shape[1:3]), interpret=interpret)
 
 
 def _forward(q, k, v, slopes, state, starts, lengths, interpret):
     # The gradients walk the same blocks, whose first states are kept.
-    out, last, saved = _run(q, k, v, slopes, state, starts, lengths, interpret, "backward", True)
+    out, last, saved = forward(q, k, v, slopes, state, starts, lengths,
+                               blocks=tuned(*q.shape[1:3]), interpret=interpret, saves=True)
     return (out, last), (q, k, v, slopes, saved, starts, lengths)
 
 
 def _backward(interpret, kept, gradients):
     q, k, v, slopes, saved, starts, lengths = kept
-    dout, dlast = gradients
-    blocks = pallas_tpu.tuned("backward", q.shape[1], q.shape[2])
-    dq, dk, dv, dfirst = backward(
-        q, k, v, slopes, saved, starts, lengths, dout, dlast, blocks=blocks, interpret=interpret
-    )
+    dq, dk, dv, dfirst = backward(q, k, v, slopes, saved, starts, lengths, *gradients,
+                                  blocks=tuned(*q.shape[1:3]), interpret=interpret)
     return dq, dk, dv, None, dfirst, None, None
 
 

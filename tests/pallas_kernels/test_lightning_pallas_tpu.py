@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch, lightning_attention, lightning_decode_slots
 from pallas_kernels.lightning_attention import pallas_tpu, pallas_tpu_backward
-from pallas_kernels.lightning_attention.pallas_tpu import Blocks
+from pallas_kernels.lightning_attention.pallas_tpu_block import Blocks
 from pallas_kernels.lightning_attention.segments import segments
 from tests.reference import lightning as f64
 from tests.tolerances import assert_close
