@@ -84,10 +84,12 @@ def lightning_attention(
 
 @partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
 def _pieces(*arguments):
-    return _forward(*arguments)[0]
+    # Without `jax.vjp`, under which kernels keep what only a gradient needs.
+    return _forward(*arguments, vjp=lambda function, *x: (function(*x), None))[0]
 
 
-def _forward(q, k, v, state, slopes_N, starts_BT, lengths_B, axis, method, implementation):
+def _forward(q, k, v, state, slopes_N, starts_BT, lengths_B, axis, method, implementation,
+             vjp=jax.vjp):
     B, T = q.shape[:2]
     W, rank = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     own_B = None if lengths_B is None else jnp.clip(lengths_B - rank * T, 0, T)
@@ -113,8 +115,8 @@ def _forward(q, k, v, state, slopes_N, starts_BT, lengths_B, axis, method, imple
         return kernel(q, k, v, slopes_N, before, **marks, implementation=implementation)
 
     local = own_state(k, v, slopes_N, **marks, implementation=implementation)
-    (before, last), travel_back = jax.vjp(travel, local, state)
-    (out, _), run_back = jax.vjp(run, q, k, v, before)
+    (before, last), travel_back = vjp(travel, local, state)
+    (out, _), run_back = vjp(run, q, k, v, before)
     return (out, last), (q, slopes_N, marks, travel_back, run_back)
 
 
