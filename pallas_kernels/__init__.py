@@ -11,3 +11,4 @@ from pallas_kernels.lightning_attention.api import lightning_attention as lightn
 from pallas_kernels.lightning_attention.decode import (
     lightning_decode_slots as lightning_decode_slots,
 )
+from pallas_kernels.lightning_attention.state import lightning_state as lightning_state

@@ -1,9 +1,9 @@
 """Lightning attention over a sequence split between devices (LASP, LASP+).
 
-Each device runs the kernel on its own piece from an empty state; the pieces' last states travel,
-and what came before a piece is added as `q_t λ^(t+1) P` for the tokens that it reaches. A state is
-B·N·H² float32 values (4 MiB per row for 64 heads of 128), whatever the length. Per device and
-direction, over W pieces:
+Each device first makes the state that its own piece ends with, which needs only those tokens that
+last to the end; these states travel, and the kernel then runs once over the piece, from the state
+before it. A state is B·N·H² float32 values (4 MiB per row for 64 heads of 128), whatever the
+length. Per device and direction, over W pieces:
 
 | method | messages received | states received | steps in a row |
 |---|---|---|---|
@@ -13,6 +13,11 @@ direction, over W pieces:
 
 The all-reduce gives every device the last state (about two states each). With packed rows one
 flag per row travels beside each state.
+
+Gradients go the same way back: each device makes the gradient that its own outputs give to the
+state before its piece, from those of its first tokens that the state reaches; the transposed
+exchange turns them into the gradients in the states after the pieces; the kernel's gradient runs
+once, from those.
 """
 
 from functools import partial
@@ -22,12 +27,9 @@ import jax.numpy as jnp
 
 from mmx.parallel.collectives import permute
 from pallas_kernels import lightning_attention as kernel
+from pallas_kernels import lightning_state as own_state
 
 METHODS = ("gather", "log", "ring")
-# Tokens to which the state before a piece is added at once: bounds the float32 temporaries.
-SPAN = 2048
-# exp(-104) is zero in float32, denormals included: tokens decayed further see nothing.
-VANISHED = 104.0
 
 
 def lightning_attention(
@@ -69,18 +71,32 @@ def lightning_attention(
     """
     if method not in METHODS:
         raise ValueError(f"No method '{method}'. Pass one of {', '.join(METHODS)}.")
-    B, T, N, H = q_BTNH.shape
-    W, rank = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-    slopes_N = jax.lax.stop_gradient(jnp.asarray(slopes_N, jnp.float32))
+    B, _, N, H = q_BTNH.shape
+    slopes_N = jnp.asarray(slopes_N, jnp.float32)
     if state_BNHH is None:
         state_BNHH = jnp.zeros((B, N, H, H), jnp.float32)
-    run = partial(kernel, q_BTNH, k_BTNH, v_BTNH, slopes_N, implementation=implementation)
-    if W == 1:
-        return run(state_BNHH, starts_BT=starts_BT, lengths_B=lengths_B)
+    if jax.lax.axis_size(axis) == 1:
+        return kernel(q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT=starts_BT,
+                      lengths_B=lengths_B, implementation=implementation)
+    return _pieces(q_BTNH, k_BTNH, v_BTNH, state_BNHH, slopes_N, starts_BT, lengths_B,
+                   axis, method, implementation)
 
+
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
+def _pieces(*arguments):
+    # Without `jax.vjp`, under which kernels keep what only a gradient needs.
+    return _forward(*arguments, vjp=lambda function, *x: (function(*x), None))[0]
+
+
+def _forward(q, k, v, state, slopes_N, starts_BT, lengths_B, axis, method, implementation,
+             vjp=jax.vjp):
+    B, T = q.shape[:2]
+    W, rank = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     own_B = None if lengths_B is None else jnp.clip(lengths_B - rank * T, 0, T)
-    # From an empty state, so that nothing of a piece's own work waits for another device.
-    out_BTNH, local_BNHH = run(starts_BT=starts_BT, lengths_B=own_B)
+    cut_B = None
+    if starts_BT is not None:
+        inside_BT = True if own_B is None else jnp.arange(T) < own_B[:, None]
+        cut_B = (starts_BT & inside_BT).any(axis=1)
 
     def decay_BN(first, last):
         """Decay over pieces first … last-1; padding does not count."""
@@ -89,15 +105,32 @@ def lightning_attention(
             count_B = jnp.minimum(last * T, lengths_B) - jnp.minimum(first * T, lengths_B)
         return jnp.exp(-slopes_N * count_B[:, None].astype(jnp.float32))
 
-    reached_B = jnp.full((B,), T, jnp.int32) if own_B is None else own_B
-    cut_B = None
-    if starts_BT is not None:
-        starts_BT = starts_BT & (jnp.arange(T) < reached_B[:, None])  # none among padding
-        cut_B = starts_BT.any(axis=1)
-        reached_B = jnp.where(cut_B, jnp.argmax(starts_BT, axis=1), reached_B).astype(jnp.int32)
-    travel = {"gather": _gather, "log": _log, "ring": _ring}[method]
-    before_BNHH, last_BNHH = travel(local_BNHH, state_BNHH, cut_B, decay_BN, axis, rank, W)
-    return _add_before(out_BTNH, q_BTNH, before_BNHH, slopes_N, reached_B), last_BNHH
+    def travel(local, state):
+        send = {"gather": _gather, "log": _log, "ring": _ring}[method]
+        return send(local, state, cut_B, decay_BN, axis, rank, W)
+
+    marks = {"starts_BT": starts_BT, "lengths_B": own_B}
+
+    def run(q, k, v, before):
+        return kernel(q, k, v, slopes_N, before, **marks, implementation=implementation)
+
+    local = own_state(k, v, slopes_N, **marks, implementation=implementation)
+    (before, last), travel_back = vjp(travel, local, state)
+    (out, _), run_back = vjp(run, q, k, v, before)
+    return (out, last), (q, slopes_N, marks, travel_back, run_back)
+
+
+def _backward(axis, method, implementation, kept, gradients):
+    q, slopes_N, marks, travel_back, run_back = kept
+    dout, dlast = gradients
+    dbefore = own_state(q, dout, slopes_N, **marks, reverse=True, implementation=implementation)
+    dafter, dstate = travel_back((dbefore, dlast))
+    # What the state before this piece hands on is in other devices' `dafter`, and in `dstate`.
+    dq, dk, dv, _ = run_back((dout, dafter))
+    return dq, dk, dv, dstate, None, None, None
+
+
+_pieces.defvjp(_forward, _backward)
 
 
 def _scaled(decay_BN, cut_B, state_BNHH):
@@ -157,70 +190,3 @@ def _ring(local, state, cut_B, decay_BN, axis, rank, W):
 
 def _from_last(x, axis, rank, W):
     return jax.lax.psum(jnp.where(rank == W - 1, x, 0.0), axis)
-
-
-def _spans(T, slopes_N, reached_B):
-    """Returns (span, count, window): which tokens the loops of `_add_before` visit.
-
-    `window(i)` gives span i's first token and the decay [B, span, N] of the state before the
-    piece there. Only spans that it reaches, and in which it has not vanished, are counted.
-    """
-    span = min(SPAN, T)
-    alive = VANISHED / jnp.maximum(slopes_N.min(), 1e-30)
-    reach = jnp.minimum(reached_B.max(), jnp.minimum(alive, T).astype(jnp.int32))
-    count = -(-reach // span)
-
-    def window(i):
-        # The last span may overlap its neighbour: those tokens are masked as done.
-        first = jnp.minimum(i * span, T - span)
-        token = first + jnp.arange(span)
-        mask_Bt = (token < reached_B[:, None]) & (token >= i * span)
-        decay_tN = jnp.exp(-slopes_N * (token[:, None] + 1).astype(jnp.float32))
-        return first, jnp.where(mask_Bt[..., None], decay_tN, 0.0)[..., None]
-
-    return span, count, window
-
-
-def _product(spec, a, b):
-    return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST)
-
-
-@jax.custom_vjp
-def _add_before(out_BTNH, q_BTNH, before_BNHH, slopes_N, reached_B):
-    """Adds `q_t λ^(t+1) P` to the outputs of a row's first `reached_B` tokens, in float32."""
-    span, count, window = _spans(q_BTNH.shape[1], slopes_N, reached_B)
-
-    def one(i, out):
-        first, decay = window(i)
-        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=span, axis=1)
-        inter = _product("btnh,bnhg->btng", cut(q_BTNH).astype(jnp.float32), before_BNHH) * decay
-        total = (cut(out).astype(jnp.float32) + inter).astype(out.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(out, total, first, 1)
-
-    return jax.lax.fori_loop(0, count, one, out_BTNH)
-
-
-def _add_before_fwd(out_BTNH, q_BTNH, before_BNHH, slopes_N, reached_B):
-    out = _add_before(out_BTNH, q_BTNH, before_BNHH, slopes_N, reached_B)
-    return out, (q_BTNH, before_BNHH, slopes_N, reached_B)
-
-
-def _add_before_bwd(saved, dout_BTNH):
-    q_BTNH, before_BNHH, slopes_N, reached_B = saved
-    span, count, window = _spans(q_BTNH.shape[1], slopes_N, reached_B)
-
-    def one(i, carry):
-        dq, dbefore = carry
-        first, decay = window(i)
-        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=span, axis=1)
-        scaled = cut(dout_BTNH).astype(jnp.float32) * decay
-        dbefore += _product("btnh,btng->bnhg", cut(q_BTNH).astype(jnp.float32), scaled)
-        new = cut(dq) + _product("btng,bnhg->btnh", scaled, before_BNHH).astype(dq.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(dq, new, first, 1), dbefore
-
-    zeros = jnp.zeros_like(q_BTNH), jnp.zeros_like(before_BNHH)
-    dq, dbefore = jax.lax.fori_loop(0, count, one, zeros)
-    return dout_BTNH, dq, dbefore, jnp.zeros_like(slopes_N), None
-
-
-_add_before.defvjp(_add_before_fwd, _add_before_bwd)

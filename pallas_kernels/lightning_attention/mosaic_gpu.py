@@ -101,11 +101,11 @@ def run(
     if reverse and lengths_B is not None and samples_BT is None:
         # Here padding lies ahead of the tokens: it must be told from them, as another sample is.
         samples_BT = jnp.zeros((B, T), jnp.int32)
-    shape = _choose(config or Config(), roles, reverse, samples_BT is not None,
+    shape = choose(config or Config(), roles, reverse, samples_BT is not None,
                    lengths_B is not None, B, T, N, H, bool(interpret))
     slopes_N = jnp.asarray(slopes_N, jnp.float32)
     marks = None if samples_BT is None else _marks(samples_BT, lengths_B, reverse)
-    call = functools.partial(_call, tensors=tensors, slopes_N=slopes_N, lengths_B=lengths_B,
+    call = functools.partial(one_pass, tensors=tensors, slopes_N=slopes_N, lengths_B=lengths_B,
                              marks=marks, interpret=interpret)
     incoming = jnp.stack(states)[:, :, None]  # [roles, B, parts, N, H, H]
     if shape.parts > 1:
@@ -115,7 +115,8 @@ def run(
     return tuple(outs), tuple(outgoing[:, :, 0])
 
 
-def _choose(config, roles, reverse, samples, lengths, B, T, N, H, interpret) -> Shape:
+def choose(config: Config, roles, reverse, samples, lengths, B, T, N, H, interpret) -> Shape:
+    """The pass with outputs over these sizes, with what `config` leaves open."""
     chunks = -(-T // C)
     value_splits = config.value_splits
     if T % 8:
@@ -244,8 +245,13 @@ def _prefix(local, incoming, slopes_N, samples_BT, lengths_B, shape: Shape):
     return between.sum(3) + weight(gap_BP, own_BP)[None, ..., None, None] * incoming
 
 
-def _call(shape: Shape, *, tensors, slopes_N, lengths_B, marks, incoming, interpret):
-    """Runs one compiled pass; returns outputs (if any) and states [roles, B, parts, N, H, H]."""
+def one_pass(shape: Shape, *, tensors, slopes_N, lengths_B, marks=None, windows_BN4=None,
+             incoming=None, interpret):
+    """Runs one compiled pass; returns outputs (if any) and states [roles, B, parts, N, H, H].
+
+    windows_BN4: where `shape.windowed`, int32: a head's first chunk, chunks per part, last chunk's
+    next, and first token.
+    """
     B, T, N, H = tensors[0].shape
     R, P, W, stages = len(shape.roles), shape.parts, shape.width, shape.stages
     bf16, f32 = jnp.bfloat16, jnp.float32
@@ -254,6 +260,8 @@ def _call(shape: Shape, *, tensors, slopes_N, lengths_B, marks, incoming, interp
         inputs["lengths"] = lengths_B.astype(jnp.int32)
     if shape.samples:
         inputs["marks"] = marks
+    if shape.windowed:
+        inputs["windows"] = windows_BN4
     if incoming is not None:
         inputs["incoming"] = incoming
     results = {"outgoing": jax.ShapeDtypeStruct((R, B, 1 if shape.outputs else P, N, H, H), f32)}

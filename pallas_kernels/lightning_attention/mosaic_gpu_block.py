@@ -21,13 +21,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.lightning_attention.state import FORGOTTEN
+
 C = 64  # rows of a chunk: those of one warpgroup's matrix instruction
 # Integers per chunk of packed samples: each row's sample twice (one load has one layout), those of
 # the incoming and the outgoing state, whether all of these are one sample, and what makes TMA's
 # 128 bytes whole.
 MARKS = 2 * C + 32
-# Of tokens that decay by e^-28 (7e-13) before a part's end nothing is left in a float32 sum.
-_FORGOTTEN = 28.0
 _WGMMA = plgpu.Layout.WGMMA
 _ROW, _COLUMN = _WGMMA.reduce(1), _WGMMA.reduce(0)  # one value per row, per column
 TILES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -55,6 +55,8 @@ class Shape:
     scores_in_registers: bool
     queries_in_registers: bool
     interpret: bool
+    # Without outputs: parts share out what "windows" names of each head, instead of the row.
+    windowed: bool = False
 
     @property
     def width(self) -> int:
@@ -94,12 +96,16 @@ class Block:
         self.first = self.part * shape.chunks_per_part
         filled = lax.div(self.length + (C - 1), jnp.int32(C))
         self.count = jnp.clip(filled - self.first, 0, shape.chunks_per_part)
-        if not shape.outputs:
+        if shape.windowed:
+            first, share, end, self.low = (refs["windows"][self.b, self.n, i] for i in range(4))
+            self.first = first + self.part * share
+            self.count = jnp.clip(end - self.first, 0, share)
+        elif not shape.outputs:
             self.skip_forgotten()
 
     def skip_forgotten(self):
         """A part's local state needs no tokens that have decayed to nothing at its end."""
-        tokens = jnp.minimum(_FORGOTTEN / jnp.maximum(self.slope, 1e-9), float(self.s.T))
+        tokens = jnp.minimum(FORGOTTEN / jnp.maximum(self.slope, 1e-9), float(self.s.T))
         # One chunk more for the rounding, one for a last chunk that is not full.
         needed = jnp.minimum(self.count, lax.div(tokens.astype(jnp.int32), jnp.int32(C)) + 2)
         if not self.s.reverse:
@@ -201,7 +207,8 @@ class Block:
 
         def step(i, state):
             slot, buffer = lax.rem(i, jnp.int32(s.stages)), lax.rem(i, jnp.int32(2))
-            rows = self.rows(self.chunk(i))
+            chunk = self.chunk(i)
+            rows = self.rows(chunk)
             if s.outputs:
                 @pl.when(i >= 2)
                 def _():
@@ -215,6 +222,8 @@ class Block:
             plgpu.barrier_wait(refs["full"].at[slot])
             distance = row + 1 if s.reverse else jnp.maximum(rows - 1 - row, 0)
             enters, stays = row < rows, self.decay(jnp.asarray(rows, jnp.int32))
+            if s.windowed:
+                enters = enters & (row >= self.low - chunk * C)
             decay_C = self.decay(distance)
             if s.ragged:
                 decay_C = jnp.where(enters, decay_C, 0.0)

@@ -108,4 +108,5 @@ def forward(q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT, lengths_B, 
         interpret=interpret,
         name="lightning_forward",
     )(lengths_B, slopes_N, *inputs, state_BNHH, *extra)
-    return (out[:, :T].reshape(B, T, N, H), *states)
+    # Else XLA changes the layout only behind a conversion to float32 that follows.
+    return (jax.lax.optimization_barrier(out[:, :T].reshape(B, T, N, H)), *states)

@@ -18,8 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import dispatch, lightning_attention, lightning_decode_slots
-from pallas_kernels.lightning_attention import mosaic_gpu, mosaic_gpu_backward, mosaic_gpu_decode
+from pallas_kernels import (
+    dispatch,
+    lightning_attention,
+    lightning_decode_slots,
+    lightning_state,
+)
+from pallas_kernels.lightning_attention import (
+    mosaic_gpu,
+    mosaic_gpu_backward,
+    mosaic_gpu_decode,
+    mosaic_gpu_state,
+)
 from tests.pallas_kernels.lightning_spans import expected
 from tests.reference import lightning as f64
 from tests.tolerances import norm_ratio
@@ -78,6 +88,8 @@ def interpret(case):
     if kind == "decode":
         return decode(params, *DECODE[name])
     (q, k, v, dout), state, dstate, slopes, starts, lengths, config = inputs(name)
+    if kind == "state":
+        return states(params, k, v, slopes, starts, lengths)
     samples = None if starts is None else jnp.cumsum(jnp.asarray(starts), axis=1, dtype=jnp.int32)
     lengths_B = None if lengths is None else jnp.asarray(lengths, jnp.int32)
     marks, options = (samples, lengths_B), dict(config=config, interpret=params)
@@ -92,6 +104,19 @@ def interpret(case):
     wanted = expected(kind, (q, k, v, dout), state, dstate, slopes, starts, lengths)
     return {what: norm_ratio(jnp.asarray(a, jnp.float32), b)
             for what, a, b in zip(names, got, wanted, strict=True)}
+
+
+def states(params, k, v, slopes, starts, lengths):
+    """The state alone, both ways, each head's tokens shared out to parts of few chunks."""
+    mosaic_gpu_state._CHUNKS = 2
+    forms = sys.modules["pallas_kernels.lightning_attention.state"]._FORMS
+    forms["mosaic_gpu"] = partial(mosaic_gpu_state.state, interpret=params)
+    run = partial(lightning_state, slopes_N=slopes, starts_BT=starts,
+                  lengths_B=None if lengths is None else jnp.asarray(lengths, jnp.int32))
+    exact = [x.astype(jnp.float32) for x in (k, v)]
+    return {str(reverse): norm_ratio(
+        run(k, v, reverse=reverse, implementation="mosaic_gpu"),
+        run(*exact, reverse=reverse, implementation="reference")) for reverse in (False, True)}
 
 
 def decode(params, *step_config):
@@ -118,6 +143,7 @@ def decode(params, *step_config):
 REAL = {
     "1x8192": (1, 8192, 64, 128, None, False, False),
     "8x8192": (8, 8192, 64, 128, None, False, False),
+    "1x524288": (1, 1 << 19, 64, 128, None, False, False),
     "1x1048576": (1, 1 << 20, 64, 128, None, False, False),
     "8_heads_1x131072": (1, 1 << 17, 8, 128, None, False, False),
     "packed_1x131072": (1, 1 << 17, 64, 128, None, True, False),
@@ -170,6 +196,9 @@ def compile_one(case):
             arguments, function = (*arguments, x, state), mosaic_gpu_backward.backward
         one = function
         function = lambda *a: one(*a, config=config)  # noqa: E731
+    if kind == "state":
+        arguments = (x, x, array((N,), f32), array((B,), i32), array((B,), i32))
+        function = partial(mosaic_gpu_state.state, reverse=packed)
     if kind == "public":  # what the public functions choose where an H200 is the target
         B, N, H = int(name), 64, 128
         x, state = array((B, 128, N, H), bf16), array((B, N, H, H), f32)
@@ -179,11 +208,12 @@ def compile_one(case):
 
         def function(q, k, v, slopes, states, slots):
             rows = (y[:, 0] for y in (q, k, v))
-            out, _ = lightning_attention(q, k, v, slopes)
+            out = lightning_attention(q, k, v, slopes)[0], lightning_state(k, v, slopes)
             return out, lightning_decode_slots(*rows, slopes, states, slots)
     with dispatch.compiling_for("gpu"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
-    kernels = sorted(set(re.findall(r"lightning_(?:forward|decode)", lowered.as_text())))
+    kernels = sorted(set(re.findall(r"lightning_(?:forward_states|forward|decode)",
+                                    lowered.as_text())))
     memory = lowered.compile().memory_analysis()
     return {"temp": memory.temp_size_in_bytes, "alias": memory.alias_size_in_bytes,
             "kernels": kernels}

@@ -25,7 +25,9 @@ FORWARD = ("one_token", "one_chunk", "tail", "fast_decay", "whole_head", "packed
            "parts_packed_lengths")
 BACKWARD = ("tail", "lengths", "packed_lengths", "packed_long", "parts_fast_lengths",
             "parts_packed_lengths", "separate")
+STATE = ("one_token", "tail", "packed_lengths", "parts_fast_lengths", "lengths", "packed_long")
 INTERPRETED = [*(f"forward/{x}" for x in FORWARD), *(f"backward/{x}" for x in BACKWARD),
+               *(f"state/{x}" for x in STATE),
                *(f"decode/slots{x}" for x in ("", "_two_heads", "_resident", "_resident_ring"))]
 COMPILED = [*(f"forward/{x}" for x in (
     "1x8192", "8x8192", "1x1048576", "8_heads_1x131072", "packed_1x131072",
@@ -33,6 +35,7 @@ COMPILED = [*(f"forward/{x}" for x in (
     "packed_lengths_2x4097", "1x1", "1x63", "whole_head_8x8192", "one_warpgroup_1x8192")),
     *(f"backward/{x}" for x in (
         "1x8192", "8x8192", "packed_1x8192", "packed_1x131072", "packed_lengths_2x4097")),
+    *(f"state/{x}" for x in ("8x8192", "1x524288", "packed_1x131072", "packed_lengths_2x4097")),
     *(f"decode/{x}" for x in ("1", "256", "16x2", "16x4", "16_resident", "16_resident_wide")),
     "public/2"]
 
@@ -84,10 +87,12 @@ def test_compiles_for_h200_without_spills(compiled, case):
 
 
 @pytest.mark.gpu_aot
-@pytest.mark.parametrize("case", [x for x in COMPILED if x.startswith("forward/")])
+@pytest.mark.parametrize("case", [
+    x for x in COMPILED if x.startswith(("forward/", "state/"))])
 def test_forward_copies_no_tensor(compiled, case):
     """No transpose or padding of q, k, v: states between parts and marks are all there is."""
-    assert compiled[case]["temp"] < 16 << 20, compiled[case]
+    parts = 16 if case in ("state/1x524288", "state/packed_1x131072") else 0
+    assert compiled[case]["temp"] < (16 << 20) + parts * (4 << 20), compiled[case]
 
 
 @pytest.mark.gpu_aot
@@ -99,7 +104,8 @@ def test_decode_updates_states_in_place(compiled, batch):
 
 @pytest.mark.gpu_aot
 def test_public_functions_choose_the_kernels_for_an_h200(compiled):
-    assert compiled["public/2"]["kernels"] == ["lightning_decode", "lightning_forward"]
+    assert compiled["public/2"]["kernels"] == [
+        "lightning_decode", "lightning_forward", "lightning_forward_states"]
 
 
 @pytest.mark.parametrize("heads, tokens, whole", [

@@ -16,11 +16,12 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from mmx.parallel import blocks, lasp, ring
-from pallas_kernels import attention, lightning_attention
+from pallas_kernels import attention, lightning_attention, lightning_state
+from pallas_kernels.lightning_attention import state as own_state
 from tests.tolerances import assert_close
 
 # Several spans and blocks in a piece of six tokens, the last of them overlapping or filled up.
-lasp.SPAN, blocks.QUERY_BLOCK, blocks.KEY_BLOCK = 4, 4, 5
+own_state.SPAN, blocks.QUERY_BLOCK, blocks.KEY_BLOCK = 4, 4, 5
 
 B, T, N, K, H = 8, 48, 4, 2, 8
 SLOPES = np.float32([0.0, 1e-3, 0.3, 40.0])  # no decay … none left after two tokens
@@ -216,22 +217,28 @@ def check_traffic():
 
 
 def check_overlap():
-    """The kernel runs once, on nothing that another device has to send."""
+    """States are made of a device's own tokens; the kernel runs once, from the state before them,
+    and so does its gradient."""
     calls = []
 
-    def counted(*arrays, **marks):
-        calls.append(arrays)
-        return lightning_attention(*arrays, **marks)
+    def counted(name, function):
+        def run(*arrays, **marks):
+            calls.append((name, len(arrays), marks.get("reverse", False)))
+            return function(*arrays, **marks)
+        return run
 
-    lasp.kernel, real = counted, lasp.kernel
+    real = lasp.kernel, lasp.own_state
+    lasp.kernel = counted("kernel", lightning_attention)
+    lasp.own_state = counted("state", lightning_state)
     try:
         for method in lasp.METHODS:
             calls.clear()
-            split = split_lightning("b", method, True)
-            jax.eval_shape(lambda *x, split=split: split(*x)[0], *lightning_arguments("float32"))
-            yield method, fault_if([len(arrays) for arrays in calls] != [4])  # no state
+            jax.eval_shape(split_lightning("b", method, True), *lightning_arguments("float32"))
+            own, kernel, back = ("state", 3, False), ("kernel", 5, False), ("state", 3, True)
+            # The function is traced again for its gradient.
+            yield method, fault_if(calls not in ([own, kernel, back], [own, kernel] * 2 + [back]))
     finally:
-        lasp.kernel = real
+        lasp.kernel, lasp.own_state = real
 
 
 def groups():

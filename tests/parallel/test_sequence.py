@@ -106,16 +106,3 @@ def test_arguments_that_do_not_fit_are_refused():
         ring.attention(q, k, k, axis="sequence", samples_BT=jnp.zeros((1, 2), jnp.int32))
     with pytest.raises(ValueError, match="lengths_B must have shape"):
         ring.attention(q, k, k, axis="sequence", lengths_B=jnp.zeros(2, jnp.int32))
-
-
-def test_the_state_before_a_piece_is_added_where_it_reaches():
-    """No token beyond a sample's start or the decay's vanishing is visited, and none is missed."""
-    slopes = jnp.float32([0.5, 40.0])
-    _, count, _ = lasp._spans(10 * lasp.SPAN, slopes, jnp.int32([10 * lasp.SPAN]))
-    assert int(count) == 1  # exp(-0.5 · 208) is zero
-    _, count, _ = lasp._spans(10 * lasp.SPAN, slopes * 0, jnp.int32([3 * lasp.SPAN + 1, 5]))
-    assert int(count) == 4
-    _, count, _ = lasp._spans(10 * lasp.SPAN, slopes * 0, jnp.int32([0, 0]))
-    assert int(count) == 0
-    last = int(lasp.VANISHED / 0.5) - 1
-    assert np.exp(np.float32(-0.5) * np.float32(last + 2), dtype=np.float32) == 0
