@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, tuning
+from pallas_kernels.attention.operands import dtype_refusal
 
 _SIZES = pathlib.Path(__file__).with_name("blocks.json")
 
@@ -26,9 +27,8 @@ def refusal(q_BTNH, k_BSKH, offsets_B) -> str | None:
     if offsets_B is not None:
         return ("attention 'splash' has no offsets. A cache is for 'pallas_tpu': "
                 "pass that, 'xla' or None.")
-    if q_BTNH.dtype != k_BSKH.dtype or q_BTNH.dtype not in (jnp.float32, jnp.bfloat16):
-        return (f"attention 'splash' got q of {q_BTNH.dtype} and k of {k_BSKH.dtype}. "
-                "Both must be float32 or both bfloat16; cast one.")
+    if sentence := dtype_refusal("splash", q_BTNH, k_BSKH):
+        return sentence
     if T > most:
         return (f"attention 'splash' got {T} tokens. Its tables have room for {most}: "
                 "split the sequence over devices, or pass 'xla' or None.")
@@ -47,9 +47,10 @@ def attention(q_BTNH, k_BSKH, v_BSKH, offsets_B, samples_BT):
 
     def lay(x_BTNH):
         # Padded keys stand after all tokens, padded queries are cut off: neither is seen.
-        return jnp.pad(x_BTNH[:, :T].swapaxes(1, 2), ((0, 0), (0, 0), (0, padded - T), (0, 0)))
+        x_BNTH = x_BTNH[:, :T].swapaxes(1, 2).astype(q_BTNH.dtype)
+        return jnp.pad(x_BNTH, ((0, 0), (0, 0), (0, padded - T), (0, 0)))
 
-    q = lay((q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype))
+    q = lay(q_BTNH.astype(jnp.float32) * H**-0.5)
     if samples_BT is not None:
         samples_BT = jnp.pad(samples_BT, ((0, 0), (0, padded - T)))
     interpret = dispatch.platform() == "cpu"
