@@ -6,6 +6,7 @@ Depends on jax and numpy only. Every operation has one public function with all 
 
 from pallas_kernels.attention.api import attention as attention
 from pallas_kernels.attention.api import partial_attention as partial_attention
+from pallas_kernels.attention.ragged_paged import paged_attention as paged_attention
 from pallas_kernels.grouped_matmul.api import grouped_matmul as grouped_matmul
 from pallas_kernels.lightning_attention.api import lightning_attention as lightning_attention
 from pallas_kernels.lightning_attention.decode import (

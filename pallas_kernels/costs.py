@@ -1,8 +1,8 @@
-"""What a Mosaic GPU kernel costs, said where a reader of the compiled program finds it.
+"""What a kernel of the GPU or of a library costs, where a reader of the compiled program finds it.
 
-A TPU kernel's `pl.CostEstimate` stands in the program's text; jax drops a GPU kernel's. Its name
-scope is kept, so the figures are told there. Without them a reader would take a kernel that reads
-one layer of a stack for one that reads all.
+A TPU kernel's `pl.CostEstimate` stands in the program's text; jax drops a GPU kernel's, and most of
+its own TPU kernels have none. The name scope is kept, so the figures are told there. Without them a
+reader would take a kernel that reads one layer of a stack for one that reads all.
 """
 
 import jax

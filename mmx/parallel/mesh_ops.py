@@ -14,7 +14,7 @@ from mmx.parallel import lasp, ring
 from mmx.parallel.exchange import ROOM, all_to_all_experts
 from mmx.parallel.ops import NO_CHOICE, Ops, first_query, write_rows
 from mmx.sharding.rules import Rules, axes_of, check_mesh, partition
-from pallas_kernels import lightning_attention, partial_attention
+from pallas_kernels import attention, lightning_attention, partial_attention
 from pallas_kernels.grouped_matmul.stacked import Stacked
 from pallas_kernels.quantized import QuantizedTensor
 
@@ -98,7 +98,8 @@ class MeshOps(Ops):
             if not axis:
                 return Ops.attention(self, q, k, v, samples_BT)
             return ring.attention(q, k, v, axis=axis, samples_BT=samples_BT,
-                                  method=self.names.get("context", "ring"))
+                                  method=self.names.get("context", "ring"),
+                                  implementation=self.names.get("softmax"))
 
         return self._island(run, (q, kv, kv, P(q[0], q[1])), q)(
             q_BTNH, k_BTKH, v_BTKH, samples_BT)
@@ -113,8 +114,8 @@ class MeshOps(Ops):
         """A cache's slots lie round-robin over `cache_time`: position p on device p mod W.
 
         So the keys of any prefix are spread evenly. Queries are gathered, each device attends to
-        the keys that it holds, and the shares are merged: what travels grows with the chunk, not
-        with what the cache holds.
+        the keys that it holds, and the shares are summed over the holders, each of which keeps its
+        piece of time: what travels grows with the chunk, not with what the cache holds.
         """
         k_BTKH, v_BTKH = (self._copied_heads(x) for x in (k_BTKH, v_BTKH))
         q = self.spec(q_BTNH.shape, "batch", "time", "heads", None)
@@ -124,7 +125,6 @@ class MeshOps(Ops):
         holders = axes_of(self.rules, self.mesh, "cache_time", cache[0].shape[2], used)
         time = self._time(q_BTNH)
         W = math.prod(self.mesh.shape[name] for name in holders)
-        T = q_BTNH.shape[1]
 
         def run(q, k, v, held, offsets_B, lengths_B):
             phase = jax.lax.axis_index(holders) if holders else 0
@@ -133,13 +133,18 @@ class MeshOps(Ops):
             if time:
                 q = jax.lax.all_gather(q, time, axis=1, tiled=True)
             first_B = first_query(q, k, offsets_B, lengths_B)
-            k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in held)
-            sums = partial_attention(q, k, v, offsets_B=first_B, stride=W, phase=phase)
-            out = merge(*sums, holders).astype(q.dtype)
-            if time:
-                piece = T // math.prod(self.mesh.shape[name] for name in time)
-                out = jax.lax.dynamic_slice_in_dim(
-                    out, jax.lax.axis_index(time) * piece, piece, axis=1)
+            # A chunk's own keys as the cache holds them, so that its split does not matter.
+            own = tuple(x.astype(old.dtype) for x, old in zip((k, v), held, strict=True))
+            kv = (x.swapaxes(1, 2) for x in held)
+            form = self.names.get("softmax")
+            if holders:
+                sums = partial_attention(
+                    q, *kv, offsets_B=first_B, stride=W, phase=phase, implementation=form,
+                    own=own if q.shape[1] == k.shape[1] else None)
+                out = merge(*sums, holders, time).astype(q.dtype)
+            else:
+                out = attention(q, *kv, offsets_B=first_B, implementation=form)
+                out = _own_piece(out, time)
             return out, held
 
         in_specs = (q, new, new, (held, held), P(q[0]), P(q[0]))
@@ -201,13 +206,32 @@ class MeshOps(Ops):
         return method if possible else "sum"
 
 
-def merge(weighted, total, peak, axes) -> jax.Array:
-    """Returns the attention [B, T, N, H] of shares that lie over mesh `axes`, float32."""
+def merge(weighted, total, peak, axes, time=()) -> jax.Array:
+    """Returns the attention [B, T, N, H] of shares that lie over mesh `axes`, float32.
+
+    Of the tokens each device returns its piece over the mesh axes `time`, the first one slowest.
+    """
     if axes:
         most = jax.lax.pmax(peak, axes)
         scale = jnp.exp(peak - most)
-        weighted, total = jax.lax.psum((weighted * scale[..., None], total * scale), axes)
+        sums = weighted * scale[..., None], total * scale
+        for name in time:  # a sum of which a device keeps its piece is half of one for all
+            if name in axes:
+                sums = tuple(jax.lax.psum_scatter(x, name, scatter_dimension=1, tiled=True)
+                             for x in sums)
+            else:
+                sums = tuple(_own_piece(x, (name,)) for x in sums)
+        rest = tuple(name for name in axes if name not in time)
+        weighted, total = jax.lax.psum(sums, rest) if rest else sums
     return weighted / total[..., None]
+
+
+def _own_piece(x_BT, time):
+    """This device's piece of the tokens over the mesh axes `time`, the first one slowest."""
+    if not time:
+        return x_BT
+    piece = x_BT.shape[1] // jax.lax.axis_size(time)
+    return jax.lax.dynamic_slice_in_dim(x_BT, jax.lax.axis_index(time) * piece, piece, axis=1)
 
 
 def _entry(axes):

@@ -54,7 +54,7 @@ class Ops:
         """
         cache = tuple(write_rows(old, new, offsets_B, lengths_B)
                       for old, new in zip(cache, (k_BTKH, v_BTKH), strict=True))
-        k, v = (x.swapaxes(1, 2).astype(q_BTNH.dtype) for x in cache)
+        k, v = (x.swapaxes(1, 2) for x in cache)
         first_B = first_query(q_BTNH, k_BTKH, offsets_B, lengths_B)
         out = attention(q_BTNH, k, v, offsets_B=first_B, implementation=self.names.get("softmax"))
         return out, cache

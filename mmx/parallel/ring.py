@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmx.parallel import blocks
+from mmx.parallel import blocks, ring_kernels
 from mmx.parallel.collectives import permute
+from pallas_kernels.attention.api import partial_form
 
 METHODS = ("ring", "gather")
 
@@ -37,12 +38,15 @@ def attention(
     lengths_B: jax.Array | None = None,
     method: str = "ring",
     balanced: bool = False,
+    implementation: str | None = None,
 ) -> jax.Array:
     """`pallas_kernels.attention` of a sequence whose time lies over mesh `axis`.
 
     To be called inside `jax.shard_map`; all arrays are this device's piece. Varlen ring attention
     (arXiv 2501.08313 §3.2.2); results of pieces are merged by log-sum-exp in float32. Blocks of
     keys that lie in the future, among padding or before the sample's tokens are not visited.
+    The forward pass runs by the platform's kernel where there is one for these arguments (TPU;
+    NVIDIA in bfloat16, not packed); gradients, and all else, in blocks of XLA.
 
     Args:
       q_BTNH, k_BTKH, v_BTKH: float32 or bfloat16, K dividing N; rotation already applied.
@@ -52,6 +56,7 @@ def attention(
         padding is zero.
       method: "ring" (keys and values go round) or "gather" (all are gathered first).
       balanced: rank r holds the half-pieces r and 2W - 1 - r (see `zigzag`), not piece r.
+      implementation: as of `pallas_kernels.partial_attention`.
 
     Returns:
       Output [B, T, N, H] in q's dtype. Differentiable in q, k and v.
@@ -73,7 +78,9 @@ def attention(
             raise ValueError(f"{name} must have shape {shape}; got {jnp.shape(x)}.")
     if balanced and T % 2:
         raise ValueError(f"A balanced piece is two halves of one length; got {T} tokens.")
-    return _attention((axis, method, balanced), q_BTNH, k_BTKH, v_BTKH, samples_BT, lengths_B)
+    form = implementation or partial_form(q_BTNH, k_BTKH, ends_BS=samples_BT)
+    return _attention((axis, method, balanced, form), q_BTNH, k_BTKH, v_BTKH, samples_BT,
+                      lengths_B)
 
 
 def zigzag(x, W: int, axis: int = 1) -> jax.Array:
@@ -109,11 +116,17 @@ def first_tokens(rank, W: int, T: int, balanced: bool):
     return jnp.stack([rank]) * T
 
 
+def _gathered(x, axis, balanced):
+    """All ranks' tokens in the order of the sequence."""
+    x = jax.lax.all_gather(x, axis, axis=1, tiled=True)
+    return unzigzag(x, jax.lax.axis_size(axis)) if balanced else x
+
+
 class _Piece:
     """This device's piece as blocks, and how keys reach it."""
 
     def __init__(self, choice, q, k, v, samples, lengths):
-        self.axis, self.method, self.balanced = choice
+        self.axis, self.method, self.balanced, _ = choice
         self.W, self.rank = jax.lax.axis_size(self.axis), jax.lax.axis_index(self.axis)
         B, self.T, self.K = k.shape[:3]
         self.segments = 2 if self.balanced else 1
@@ -130,7 +143,8 @@ class _Piece:
 
         self.key_segments = self.segments
         if self.method == "gather":
-            k, v, samples = (None if x is None else self.gather(x) for x in (k, v, samples))
+            k, v, samples = (None if x is None else _gathered(x, self.axis, self.balanced)
+                             for x in (k, v, samples))
             self.key_segments = 1
         self.key_count = k.shape[1]
         self.key_size = min(blocks.KEY_BLOCK, self.key_count // self.key_segments)
@@ -140,10 +154,6 @@ class _Piece:
 
     def query_blocks(self, x_BTNH):
         return blocks.query_blocks(x_BTNH, self.K, self.segments, self.size)
-
-    def gather(self, x):
-        x = jax.lax.all_gather(x, self.axis, axis=1, tiled=True)
-        return unzigzag(x, self.W) if self.balanced else x
 
     def keys_of(self, rank, travellers):
         """Keys, values, positions and samples, where `travellers` are the rank's."""
@@ -183,6 +193,8 @@ def _attention(choice, q, k, v, samples, lengths):
 
 
 def _forward(choice, q, k, v, samples, lengths):
+    if choice[-1] != "xla":
+        return _forward_by_kernel(choice, q, k, v, samples, lengths)
     piece = _Piece(choice, q, k, v, samples, lengths)
     shape = piece.queries[0].shape
     sums = (
@@ -198,6 +210,27 @@ def _forward(choice, q, k, v, samples, lengths):
     some = jnp.maximum(total, 1e-30)
     out = blocks.from_query_blocks(out / some, piece.segments, piece.T).astype(q.dtype)
     return out, (q, k, v, samples, lengths, out, peak + jnp.log(some))
+
+
+def _forward_by_kernel(choice, q, k, v, samples, lengths):
+    axis, method, balanced, form = choice
+    W, (_, T, K) = jax.lax.axis_size(axis), k.shape[:3]
+    keys = k, v, samples
+    if method == "gather":
+        keys = tuple(x if x is None else _gathered(x, axis, balanced) for x in keys)
+    segments = 2 if balanced else 1
+    out, total, peak = ring_kernels.attend(
+        form, axis, q, keys, samples, partial(first_tokens, W=W, T=T, balanced=balanced),
+        segments if method == "ring" else 1, method == "ring")
+    out = (out / total[..., None]).astype(q.dtype)
+    if lengths is not None:
+        L = T // segments
+        first = first_tokens(jax.lax.axis_index(axis), W, T, balanced)
+        position_T = (first[:, None] + jnp.arange(L)).reshape(T)
+        out = jnp.where((position_T < lengths[:, None])[..., None, None], out, 0)
+    size = min(blocks.QUERY_BLOCK, T // segments)
+    lse = blocks.query_blocks((peak + jnp.log(total))[..., None], K, segments, size)
+    return out, (q, k, v, samples, lengths, out, lse)
 
 
 def _backward(choice, saved, dout):

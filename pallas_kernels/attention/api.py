@@ -12,7 +12,12 @@ _IMPLEMENTATIONS = {
     "pallas_tpu": pallas_tpu.attention,
     "cudnn": cudnn.attention,
 }
-_PARTIAL = {"xla": xla.partial_attention, "pallas_tpu": pallas_tpu.partial_attention}
+_PARTIAL = {
+    "reference": reference.partial_attention,
+    "xla": xla.partial_attention,
+    "pallas_tpu": pallas_tpu.partial_attention,
+    "cudnn": cudnn.partial_attention,
+}
 
 
 def attention(
@@ -31,7 +36,7 @@ def attention(
 
     Args:
       q_BTNH, k_BSKH, v_BSKH: float32 or bfloat16; rotation already applied. Scores, softmax and
-        sums are float32.
+        sums are float32. Keys and values may be of a narrower type, as a cache holds them.
       offsets_B: int32 position of each row's first query; zeros if None. Keys beyond a row's last
         query may hold anything finite.
       samples_BT: int32 sample number per token for packed rows (T = S, no offsets): tokens attend
@@ -87,6 +92,9 @@ def partial_attention(
     offsets_B: jax.Array,
     stride: int = 1,
     phase: jax.Array | int = 0,
+    own: tuple[jax.Array, jax.Array] | None = None,
+    apart: bool = False,
+    ends_BS: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One device's share of an attention whose keys lie on several.
@@ -95,18 +103,37 @@ def partial_attention(
     returned instead of their quotient. Shares are merged with m = max of peaks: the output is
     Σ exp(peak - m) · weighted / Σ exp(peak - m) · total.
 
+    Args:
+      offsets_B: may be negative: the row's first keys are then later than its first queries.
+      own: keys and values [B, T, K, H] at the queries' positions, which are also among those of the
+        devices of phases 0 … stride - 1, each once. With them a form may share this part of the
+        work out in its own way, so that only the merged shares of one form mean something. "cudnn"
+        needs them for T > 1 and stride > 1.
+      apart: the caller's word that no key stands at a query's position or between two queries of
+        its row.
+      ends_BS: int32, of packed rows: key s is seen by queries t < ends_BS[b, s] only. Not by
+        "cudnn".
+
     Returns:
       weighted values [B, T, N, H], their total weight [B, T, N] and peak score [B, T, N], float32.
 
     Raises:
-      ValueError: an implementation other than "xla", "pallas_tpu" and None, or one that does not
-        take these arguments or this platform.
+      ValueError: an implementation that is unknown or does not take these arguments or this
+        platform.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    automatic = implementation or _automatic(q_BTNH, k_BSKH, offsets_B, None)
-    if implementation is None and automatic not in _PARTIAL:
-        automatic = "xla"
+    automatic = implementation or partial_form(q_BTNH, k_BSKH, stride, own, ends_BS)
     run = dispatch.choose("partial_attention", _PARTIAL, implementation, automatic,
                           (B, T, S, N, K, H))
-    return run(q_BTNH, k_BSKH, v_BSKH, offsets_B, stride, phase)
+    return run(q_BTNH, k_BSKH, v_BSKH, offsets_B, stride, phase, own, apart, ends_BS)
+
+
+def partial_form(q_BTNH, k_BSKH, stride=1, own=None, ends_BS=None) -> str:
+    """The name of the form that `partial_attention` takes by itself for these arguments."""
+    if dispatch.platform() == "gpu":
+        fits = (cudnn.partial_refusal(q_BTNH, k_BSKH, stride, own, ends_BS) is None
+                and cudnn.suits(q_BTNH, k_BSKH, (), None))
+        return "cudnn" if fits else "xla"
+    # A TPU's kernel tells packed rows by `ends_BS`.
+    return _automatic(q_BTNH, k_BSKH, (), None)

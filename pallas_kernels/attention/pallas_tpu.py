@@ -3,6 +3,7 @@
 Blocks of keys beyond a row's furthest query are neither fetched nor computed. The query heads of a
 group are rows of one product, so that keys and values are read once per group and block of rows.
 Arithmetic per byte of keys is the number of rows of a block: 1,024 in prefill, N / K in decode.
+A narrower cache (float8) is read as it is and cast in on-chip memory.
 
 Compiled for v5e, v5p, v6e and tpu7x; compiled, not run.
 """
@@ -18,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch, precision, tuning
+from pallas_kernels.attention.operands import dtype_refusal
 
 _SIZES = pathlib.Path(__file__).with_name("blocks.json")
 
@@ -33,9 +35,8 @@ def refusal(q_BTNH, k_BSKH, samples_BT) -> str | None:
     if samples_BT is not None:
         return ("attention 'pallas_tpu' has no packed rows. Samples are for training: "
                 "pass 'splash', 'xla' or None.")
-    if q_BTNH.dtype != k_BSKH.dtype or q_BTNH.dtype not in (jnp.float32, jnp.bfloat16):
-        return (f"attention 'pallas_tpu' got q of {q_BTNH.dtype} and k of {k_BSKH.dtype}. "
-                "Both must be float32 or both bfloat16; cast one.")
+    if sentence := dtype_refusal("pallas_tpu", q_BTNH, k_BSKH):
+        return sentence
     if dispatch.platform() == "gpu":
         return "attention 'pallas_tpu' runs on a TPU (interpreted on a CPU). Pass 'cudnn' or None."
     return None
@@ -50,14 +51,15 @@ def attention(q_BTNH, k_BSKH, v_BSKH, offsets_B, samples_BT):
     return _flash(q_BTNH, k_BSKH, v_BSKH, offsets_B, 1, 0, sums=False)
 
 
-def partial_attention(q_BTNH, k_BSKH, v_BSKH, offsets_B, stride, phase):
-    """As the public function; on a CPU the kernel is interpreted."""
+def partial_attention(q_BTNH, k_BSKH, v_BSKH, offsets_B, stride, phase, own, apart, ends_BS):
+    """As the public function; on a CPU the kernel is interpreted. Needs no `own`, no `apart`."""
     if sentence := refusal(q_BTNH, k_BSKH, None):
         raise ValueError(sentence)
-    return _flash(q_BTNH, k_BSKH, v_BSKH, offsets_B, stride, phase, sums=True)
+    return _flash(q_BTNH, k_BSKH, v_BSKH, offsets_B, stride, phase, ends_BS, sums=True)
 
 
-def _flash(q_BTNH, k_BSKH, v_BSKH, offsets_B, stride, phase, *, sums, sizes=None, interpret=None):
+def _flash(q_BTNH, k_BSKH, v_BSKH, offsets_B, stride, phase, ends_BS=None, *, sums, sizes=None,
+           interpret=None):
     """Lays queries as rows and calls the kernel; `sizes` and `interpret` are for tests."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -77,7 +79,9 @@ def _flash(q_BTNH, k_BSKH, v_BSKH, offsets_B, stride, phase, *, sums, sizes=None
     shape = _Shape(B, K, G, T, S, H, rows, keys, stride, sizes["vmem_mib"])
     first_B = jnp.asarray(offsets_B, jnp.int32)
     phase_1 = jnp.asarray(phase, jnp.int32).reshape(1)
-    out = _call(shape, first_B, phase_1, q_BKRH, k_BKSH, v_BKSH, sums, interpret)
+    # Ends in rows, not tokens: one comparison per score tells packed samples apart.
+    ends = () if ends_BS is None else (jnp.asarray(ends_BS, jnp.int32)[:, None] * G,)
+    out = _call(shape, first_B, phase_1, (q_BKRH, k_BKSH, v_BKSH, *ends), sums, interpret)
 
     def tokens(x_BKR):
         x = x_BKR[:, :, :T * G].reshape(B, K, T, G, *x_BKR.shape[3:])
@@ -118,22 +122,33 @@ class _Shape(NamedTuple):
         return (held + self.keys - 1) // self.keys
 
 
-def _call(shape: _Shape, first_B, phase_1, q_BKRH, k_BKSH, v_BKSH, sums: bool, interpret):
+def _call(shape: _Shape, first_B, phase_1, operands, sums: bool, interpret):
+    q_BKRH, k_BKSH = operands[:2]
     B, K, H, rows, keys = shape.B, shape.K, shape.H, shape.rows, shape.keys
 
     def row_map(b, n, i, j, first_ref, phase_ref):
         return b, n, i, 0
 
-    def key_map(b, n, i, j, first_ref, phase_ref):
+    def key_block(b, i, j, first_ref, phase_ref):
         # The last block that is needed stays where it is: the pipeline fetches nothing anew.
         visited = shape.visited(first_ref[b], phase_ref[0], i)
-        return b, n, jnp.minimum(j, jnp.maximum(visited - 1, 0)), 0
+        return jnp.minimum(j, jnp.maximum(visited - 1, 0))
+
+    def key_map(b, n, i, j, *refs):
+        return b, n, key_block(b, i, j, *refs), 0
+
+    def end_map(b, n, i, j, *refs):
+        return b, 0, key_block(b, i, j, *refs)
 
     def sum_map(b, n, i, j, first_ref, phase_ref):
         return b, n, 0, i
 
     row_spec = pl.BlockSpec((1, 1, rows, H), row_map)
     key_spec = pl.BlockSpec((1, 1, keys, H), key_map)
+    in_specs = [row_spec, key_spec, key_spec]
+    packed = len(operands) > 3
+    if packed:
+        in_specs.append(pl.BlockSpec((1, 1, keys), end_map))
     out_shape = [jax.ShapeDtypeStruct(q_BKRH.shape, jnp.float32 if sums else q_BKRH.dtype)]
     out_specs = [row_spec]
     if sums:
@@ -143,11 +158,11 @@ def _call(shape: _Shape, first_B, phase_1, q_BKRH, k_BKSH, v_BKSH, sums: bool, i
     # As many blocks of keys as the furthest row needs: what a cache could hold costs nothing.
     longest = shape.visited(jnp.max(first_B), phase_1[0], shape.row_blocks - 1)
     out = pl.pallas_call(
-        functools.partial(_kernel, shape, sums),
+        functools.partial(_kernel, shape, sums, packed),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(B, K, shape.row_blocks, jnp.maximum(longest, 1)),
-            in_specs=[row_spec, key_spec, key_spec],
+            in_specs=in_specs,
             out_specs=out_specs,
             scratch_shapes=[pltpu.VMEM((rows, H), jnp.float32),
                             pltpu.VMEM((rows, LANES), jnp.float32),
@@ -157,24 +172,26 @@ def _call(shape: _Shape, first_B, phase_1, q_BKRH, k_BKSH, v_BKSH, sums: bool, i
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=shape.vmem_mib << 20),
-        cost_estimate=_cost(shape, q_BKRH.dtype.itemsize, sums),
+        cost_estimate=_cost(shape, q_BKRH.dtype.itemsize, k_BKSH.dtype.itemsize, sums),
         name="cached_attention",
         interpret=interpret,
-    )(first_B, phase_1, q_BKRH, k_BKSH, v_BKSH)
+    )(first_B, phase_1, *operands)
     return out if sums else out[0]
 
 
-def _cost(shape: _Shape, itemsize: int, sums: bool) -> pl.CostEstimate:
+def _cost(shape: _Shape, itemsize: int, key_itemsize: int, sums: bool) -> pl.CostEstimate:
     """Of a full cache: the compiler does not know offsets."""
     row_count = shape.B * shape.K * shape.row_blocks * shape.rows
     scores = row_count * shape.S
-    read = 2 * shape.B * shape.K * shape.row_blocks * shape.S * shape.H * itemsize
+    read = 2 * shape.B * shape.K * shape.row_blocks * shape.S * shape.H * key_itemsize
     written = row_count * (shape.H * (4 if sums else itemsize) + (8 if sums else 0))
     return pl.CostEstimate(flops=4 * scores * shape.H, transcendentals=scores,
                            bytes_accessed=read + row_count * shape.H * itemsize + written)
 
 
-def _kernel(shape: _Shape, sums, first_ref, phase_ref, q_ref, k_ref, v_ref, *refs):
+def _kernel(shape: _Shape, sums, packed, first_ref, phase_ref, q_ref, k_ref, v_ref, *refs):
+    if packed:
+        ends_ref, *refs = refs
     out_ref, (acc_ref, total_ref, peak_ref) = refs[0], refs[-3:]
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     offset, phase = first_ref[b], phase_ref[0]
@@ -191,6 +208,9 @@ def _kernel(shape: _Shape, sums, first_ref, phase_ref, q_ref, k_ref, v_ref, *ref
     if shape.S % shape.keys:
         seen_by_all &= j < shape.key_blocks - 1
     needed = j < shape.visited(offset, phase, i)
+    if packed:
+        needed &= jnp.max(ends_ref[0]) > first_row
+        seen_by_all &= jnp.min(ends_ref[0]) >= first_row + shape.rows
 
     @pl.when(needed & seen_by_all)
     def inner():
@@ -202,6 +222,8 @@ def _kernel(shape: _Shape, sums, first_ref, phase_ref, q_ref, k_ref, v_ref, *ref
         row = first_row + jax.lax.broadcasted_iota(jnp.int32, (shape.rows, 1), 0)
         # key's position ≤ offset + row // G, without the division
         mask = (key * shape.stride + phase - offset) * shape.G <= row
+        if packed:
+            mask &= row < ends_ref[0]
         v = v_ref[0, 0]
         if shape.S % shape.keys:  # what lies beyond the array may be anything
             mask &= key < shape.S
@@ -222,6 +244,7 @@ def _kernel(shape: _Shape, sums, first_ref, phase_ref, q_ref, k_ref, v_ref, *ref
 def _accumulate(q_ref, k, v, mask, acc_ref, total_ref, peak_ref):
     """One block of the running softmax; scores are in units of log 2, as exp2 is cheaper."""
     q = q_ref[0, 0]
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
     scale = math.log2(math.e) / math.sqrt(q.shape[-1])
     scores = scale * jax.lax.dot_general(
         q, k, (((1,), (1,)), ((), ())), precision=precision.for_dtype(q.dtype),

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, tuning
+from pallas_kernels.attention.operands import dtype_refusal
+from pallas_kernels.costs import kernel_cost
 
 _SIZES = pathlib.Path(__file__).with_name("blocks.json")
 
@@ -26,9 +28,8 @@ def refusal(q_BTNH, k_BSKH, offsets_B) -> str | None:
     if offsets_B is not None:
         return ("attention 'splash' has no offsets. A cache is for 'pallas_tpu': "
                 "pass that, 'xla' or None.")
-    if q_BTNH.dtype != k_BSKH.dtype or q_BTNH.dtype not in (jnp.float32, jnp.bfloat16):
-        return (f"attention 'splash' got q of {q_BTNH.dtype} and k of {k_BSKH.dtype}. "
-                "Both must be float32 or both bfloat16; cast one.")
+    if sentence := dtype_refusal("splash", q_BTNH, k_BSKH):
+        return sentence
     if T > most:
         return (f"attention 'splash' got {T} tokens. Its tables have room for {most}: "
                 "split the sequence over devices, or pass 'xla' or None.")
@@ -47,9 +48,10 @@ def attention(q_BTNH, k_BSKH, v_BSKH, offsets_B, samples_BT):
 
     def lay(x_BTNH):
         # Padded keys stand after all tokens, padded queries are cut off: neither is seen.
-        return jnp.pad(x_BTNH[:, :T].swapaxes(1, 2), ((0, 0), (0, 0), (0, padded - T), (0, 0)))
+        x_BNTH = x_BTNH[:, :T].swapaxes(1, 2).astype(q_BTNH.dtype)
+        return jnp.pad(x_BNTH, ((0, 0), (0, 0), (0, padded - T), (0, 0)))
 
-    q = lay((q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype))
+    q = lay(q_BTNH.astype(jnp.float32) * H**-0.5)
     if samples_BT is not None:
         samples_BT = jnp.pad(samples_BT, ((0, 0), (0, padded - T)))
     interpret = dispatch.platform() == "cpu"
@@ -80,18 +82,34 @@ def _precision(q):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _splash(build, q, k, v, samples):
-    with _precision(q):  # not by _forward, which saves what gradients need
+    # Not by _forward, which saves what gradients need.
+    with _precision(q), kernel_cost(*_cost(q, build[2])):
         return _kernel(build, q, k, v, samples)
 
 
 def _forward(build, q, k, v, samples):
-    with _precision(q):
+    with _precision(q), kernel_cost(*_cost(q, build[2])):
         return jax.vjp(lambda *qkv: _kernel(build, *qkv, samples), q, k, v)
 
 
 def _backward(build, pull, dout):
-    with _precision(dout):  # the gradient kernels are traced here
+    block = _divisor(build[2], _sizes(dout.dtype)["block_back"])
+    # The gradient kernels are traced here.
+    with _precision(dout), kernel_cost(*_cost(dout, block, back=True)):
         return (*pull(dout), None)
+
+
+def _cost(q_BNTH, block: int, back: bool = False) -> tuple[float, float]:
+    """Operations and bytes of the forward kernel, or of each of the two backward ones.
+
+    Half the square of T, whatever the samples; every block of rows reads the other side anew, head
+    by head. Of the seven products backward one kernel has three and the other four: told alike.
+    """
+    B, N, T, H = q_BNTH.shape
+    products, rows = (3.5, 3) if back else (2, 2)
+    again = 2 * (T / block + 1) / 2
+    return (products * B * N * T * T * H,
+            (rows + again) * q_BNTH.size * q_BNTH.dtype.itemsize)
 
 
 _splash.defvjp(_forward, _backward)

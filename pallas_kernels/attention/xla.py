@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, precision
+from pallas_kernels.attention.shares import NEG_INF
 
 QUERY_BLOCK = 512
 KEY_BLOCK = 1024
@@ -21,7 +22,6 @@ CPU_SCORES = 1 << 20
 MAX_STATIC_BLOCKS = 16
 # One block of a decode step on a CPU, whose copies of blocks cost more than idle scores.
 DECODE_BLOCK = 1024
-NEG_INF = -1e30  # finite, so that a fully masked block gives exp(0) · 0 and never NaN
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, offsets_B, samples_BT):
@@ -31,6 +31,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, offsets_B, samples_BT):
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     if offsets_B is None:
+        k_BKSH, v_BKSH = k_BKSH.astype(q_BTNH.dtype), v_BKSH.astype(q_BTNH.dtype)
         out = _causal(q_BKGTH, k_BKSH, v_BKSH, samples_BT)
     else:
         out = _cached(q_BKGTH, k_BKSH, v_BKSH, offsets_B)
@@ -90,29 +91,37 @@ def _key_block(q, S: int) -> int:
     return min(max(block, 128), KEY_BLOCK, S)
 
 
-def partial_attention(q_BTNH, k_BSKH, v_BSKH, offsets_B, stride, phase):
-    """Sums over a part of the keys; arguments and results as in the public function."""
+def partial_attention(q_BTNH, k_BSKH, v_BSKH, offsets_B, stride, phase, own, apart, ends_BS):
+    """Sums over a part of the keys; as the public function. Needs neither `own` nor `apart`."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    sums = _sums(q_BKGTH, k_BKSH, v_BKSH, offsets_B, stride, phase)
+    sums = _sums(q_BKGTH, k_BKSH, v_BKSH, offsets_B, stride, phase, ends_BS)
     out, total, peak = (x.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1) for x in sums)
     return out, total[..., 0], peak[..., 0]
 
 
 def _cached(q, k, v, offsets_B):
-    out, total, _ = _sums(q, k, v, offsets_B, 1, 0)
+    out, total, _ = _sums(q, k, v, offsets_B, 1, 0, None)
     return out / total
 
 
-def _sums(q, k, v, offsets_B, stride, phase):
+def _sums(q, k, v, offsets_B, stride, phase, ends_BS):
     """Weighted values, weights and peak score per query; key s stands at s · stride + phase."""
     T, S = q.shape[3], k.shape[2]
     position = (offsets_B[:, None] + jnp.arange(T))[:, None, None, :, None]
     block_size = _key_block(q, S)
+
+    def seen(key, ends_Bs):
+        mask = key * stride + phase <= position
+        if ends_Bs is not None:
+            mask &= jnp.arange(T)[:, None] < ends_Bs[:, None, None, None]
+        return mask
+
     if S <= block_size:
-        mask = jnp.arange(S) * stride + phase <= position
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
+        mask = seen(jnp.arange(S), ends_BS)
         scores = jnp.where(mask, _scores(q, k), NEG_INF)
         peak = scores.max(-1, keepdims=True)
         weights = jnp.where(mask, jnp.exp(scores - peak), 0.0)
@@ -122,9 +131,14 @@ def _sums(q, k, v, offsets_B, stride, phase):
         out, total, peak = carry
         # The last block may overlap its neighbour: its first keys are then masked as seen.
         first = jnp.minimum(i * block_size, S - block_size)
-        k_block, v_block = (jax.lax.dynamic_slice_in_dim(x, first, block_size, 2) for x in (k, v))
+        # A narrower cache is cast block by block.
+        k_block, v_block = (jax.lax.dynamic_slice_in_dim(x, first, block_size, 2).astype(q.dtype)
+                            for x in (k, v))
         key = first + jnp.arange(block_size)
-        mask = (key * stride + phase <= position) & (key >= i * block_size)
+        ends = ends_BS
+        if ends is not None:
+            ends = jax.lax.dynamic_slice_in_dim(ends, first, block_size, 1)
+        mask = seen(key, ends) & (key >= i * block_size)
         scores = jnp.where(mask, _scores(q, k_block), NEG_INF)
         new_peak = jnp.maximum(peak, scores.max(-1, keepdims=True))
         weights = jnp.where(mask, jnp.exp(scores - new_peak), 0.0)

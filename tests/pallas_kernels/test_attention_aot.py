@@ -59,6 +59,13 @@ def test_kernels_are_chosen_and_compile(compiled, chip):
         assert keys <= one["bytes"] < 1.05 * most
         # A cache is read where it lies.
         assert one["copies"] == [] and one["temporary"] < keys
+    one = found["float8"]  # read as it lies: half the bytes of bfloat16
+    assert one["kernels"] == ["cached_attention"] and one["copies"] == []
+    assert one["bytes"] < 1.1 * 2 * 32 * 8192 * K * H and one["temporary"] < 2 * 32 * 8192 * K
+    assert found["packed share"]["kernels"] == ["cached_attention"]
+    causal = 2 * N * 2048 * 2048 * H
+    assert found["splash bfloat16"]["operations"] == causal
+    assert found["gradients bfloat16"]["operations"] == 4.5 * causal
     assert found["splash bfloat16"]["kernels"] == ["splash_mha_fwd_no_residuals"]
     for case, dtype in TRAINED:
         name = "_segmented" if case == "packed" else ""
@@ -97,7 +104,7 @@ def main(name):
         return {"kernels": sorted({re.sub(r"\.\d+$", "", kernel) for kernel in re.findall(
                     r"%([\w.]+) = .* custom_call_target=\"tpu_custom_call\"", text)}),
                 "copies": re.findall(rf"%(?:copy|transpose)\S* = \S*\[[\d,]*{LONG}[\d,]*\]", text),
-                "bytes": hlo.bytes_accessed(text),
+                "bytes": hlo.bytes_accessed(text), "operations": hlo.dots(text),
                 "temporary": program.memory_analysis().temp_size_in_bytes}
 
     def cached(q, k_BKSH, v_BKSH, offsets_B):
@@ -108,6 +115,10 @@ def main(name):
         k, v = k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2)
         phase = jax.lax.axis_index("data")
         return partial_attention(q, k, v, offsets_B=offsets_B, stride=4, phase=phase)
+
+    def piece(q, k, v, ends_BS):
+        offset_B = jnp.full(1, q.shape[1] * jax.lax.axis_index("data"))
+        return partial_attention(q, k, v, offsets_B=offset_B, ends_BS=ends_BS)
 
     def scored(q, k, v, *samples):
         return attention(q, k, v, samples_BT=samples[0] if samples else None)
@@ -123,7 +134,11 @@ def main(name):
     for (case, dtype), (B, T, S) in cached_cases():
         shapes = (((B, T, N, H), dtype), *[((B, K, S, H), dtype)] * 2, ((B,), "int32"))
         report[f"{case} {dtype}"] = compiled(shared if case == "last" else cached, *shapes)
+    _, T, S = CACHED["decode"]
+    report["float8"] = compiled(cached, ((32, T, N, H), "bfloat16"),
+                                *[((32, K, S, H), "float8_e4m3fn")] * 2, ((32,), "int32"))
     T = 2048
+    report["packed share"] = compiled(piece, *training(T, "bfloat16"), ((1, T), "int32"))
     report["splash bfloat16"] = compiled(scored, *training(T, "bfloat16"))
     for case, dtype in TRAINED:
         more = [((1, T), "int32")] if case == "packed" else []

@@ -1,5 +1,7 @@
 """The hardware forms of softmax attention, interpreted, against the float64 definition."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import attention, dispatch, partial_attention
 from pallas_kernels.attention import api, cudnn, pallas_tpu, splash
+from tests.pallas_kernels import cudnn_stand_in
 from tests.pallas_kernels.test_attention import B, draw, expected
 from tests.tolerances import assert_close
 
@@ -65,6 +68,51 @@ def test_races_and_bounds():
     assert_close(got, expected(q, k, v, offsets), "kernel", "float32", "simulated")
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
     assert not interpret_pallas_call.races.races_found
+
+
+@pytest.mark.parametrize("first", [0, 100, -40])
+def test_packed_pieces(first):
+    """A piece of queries begins `first` tokens after a piece of keys; samples end in and between.
+
+    Later samples are told by where their keys cease to be seen.
+    """
+    T, S = 200, 256
+    q, k, v = draw(T, S, "gqa")
+    sample = np.cumsum(np.isin(np.arange(512), [50, 130, 131, 260]))
+    rows = [sample[shift:] for shift in (0, 60)]
+    keys = np.stack([row[50:50 + S] for row in rows])
+    queries = np.stack([row[50 + first:50 + first + T] for row in rows])
+    ends = (queries[:, :, None] <= keys[:, None]).sum(1).astype(np.int32)
+
+    def run(form):
+        return jax.jit(form)(q, k, v, jnp.full(B, first), jnp.asarray(ends))
+
+    small = run(lambda *x: pallas_tpu._flash(*x[:4], 1, 0, x[4], sums=True, sizes=SMALL))
+    named = {form: run(lambda *x, form=form: partial_attention(
+        *x[:3], offsets_B=x[3], ends_BS=x[4], implementation=form))
+        for form in ("reference", "xla", "pallas_tpu")}
+    wanted, seen = named["reference"], np.asarray(named["reference"][1]) > 0
+    assert seen.any() and (first >= 0 or not seen.all())
+    for what, got in [("small blocks", small), *named.items()]:
+        for have, want in zip(got[1:], wanted[1:], strict=True):
+            have, want = (np.where(seen, x, 0) for x in (have, want))
+            assert_close(have, want, "kernel", "float32", what)
+        assert_close(got[0], wanted[0], "kernel", "float32", what)
+    if first == 0:
+        whole = expected(q, k[:, :T], v[:, :T], samples=queries)
+        assert_close(merged([small]), whole, "kernel", "float32", "one share")
+
+
+@pytest.mark.parametrize("form", ["xla", "pallas_tpu"])
+@pytest.mark.parametrize("T, S", [(1, 1300), (63, 300)])
+def test_a_narrower_cache_is_cast_inside(form, T, S):
+    q, k, v = draw(T, S, "gqa", "bfloat16")
+    k, v = (x.astype(jnp.float8_e4m3fn) for x in (k, v))
+    offsets = (S - T, 17)
+    got = attention(q, k, v, offsets_B=jnp.array(offsets), implementation=form)
+    assert got.dtype == jnp.bfloat16
+    k, v = (x.astype(jnp.float32) for x in (k, v))
+    assert_close(got, expected(q, k, v, offsets), "kernel", "bfloat16", form)
 
 
 @pytest.mark.parametrize("W, T, offsets", [(1, 63, (0, 193)), (3, 63, (0, 700)),
@@ -138,39 +186,99 @@ def test_splash_takes_several_blocks(monkeypatch):
         attention(*draw(1025, 1025, "mqa"), implementation="splash")
 
 
-def stand_in(q, k, v, lengths_B):
-    """What cuDNN computes: outputs in q's dtype and log-sum-exps in float32."""
-    T, S, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
-    mask = (jnp.tril(jnp.ones((1, T, S), bool)) if lengths_B is None
-            else jnp.arange(S) < lengths_B[:, None, None])
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5
-    scores = jnp.where(mask[:, None], scores, -jnp.inf)
-    out = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores, -1), v)
-    return out, jax.nn.logsumexp(scores, -1).swapaxes(1, 2)
-
-
 @pytest.mark.parametrize("T, offsets", [(1, (0, 299)), (63, (0, 237)), (63, (100, 260))], ids=str)
 def test_merge_of_past_and_chunk(T, offsets):
     """In the last case 23 tokens of padding stand beyond the cache."""
     q, k, v = draw(T, 300, "gqa")
-    got = cudnn.cached(stand_in, q, k, v, jnp.array(offsets))
+    got = cudnn.cached(cudnn_stand_in.run, q, k, v, jnp.array(offsets))
     valid = min(T, 300 - max(offsets))
     assert_close(got[:, :valid], expected(q, k, v, offsets)[:, :valid], "kernel", "float32")
 
 
-@pytest.mark.parametrize("offsets", [None, (5, 64)])
-def test_cudnn_is_lowered_to_its_calls(monkeypatch, offsets):
-    """Lowered only: neither cuDNN nor a GPU is here. The cache keeps its layout."""
+@pytest.mark.parametrize("W, T, offsets", [(4, 1, (0, 1022)), (4, 64, (0, 701)), (4, 64, (1, 960)),
+                                           (3, 64, (2, 700)), (1, 63, (0, 193))], ids=str)
+def test_shares_of_spread_keys_by_cudnn(W, T, offsets):
+    """Chunks of eight pieces, two a device; three devices can not halve 64, and one counts it."""
+    S = 1024 if W == 4 else 768 if W == 3 else 256
+    q, k, v = draw(T, S, "gqa")
+    own = cudnn.at_queries(k, v, jnp.array(offsets), T)
+    share = jax.jit(lambda k, v, phase: cudnn.share(
+        cudnn_stand_in.run, q, k, v, jnp.array(offsets), W, phase, own))
+    # Only the chunk's own copies and the past may be looked at.
+    later = (np.arange(S) >= np.array(offsets)[:, None] + (T == 1))[..., None, None]
+    shares = [share(*(jnp.where(later, 1e4, x)[:, phase::W] for x in (k, v)), phase)
+              for phase in range(W)]
+    assert_close(merged(shares), expected(q, k, v, offsets), "kernel", "float32", "merged")
+
+
+def test_causal_work_is_shared_out_evenly():
+    """Scores that each of four devices computes of a chunk's own keys."""
+    counts = []
+
+    def run(q, k, v, lengths_B):
+        B, T = q.shape[:2]
+        counts[-1] += B * T * (T + 1) // 2 if lengths_B is None else T * int(lengths_B.sum())
+        return cudnn_stand_in.run(q, k, v, lengths_B)
+
+    q, k, v = draw(64, 64, "gqa")
+    for phase in range(4):
+        counts.append(0)
+        cudnn.share(run, q, k[:, ::4] * 0, v[:, ::4], jnp.zeros(B, jnp.int32), 4, phase, (k, v))
+    # The first piece has no key before it, and is given one.
+    assert max(counts) == counts[0] == min(counts) + 8 * B
+
+
+@pytest.fixture
+def lowered(monkeypatch):
+    """The text of a function lowered for a GPU: neither cuDNN nor a GPU is here."""
     from jax._src.cudnn import fused_attention_stablehlo
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91200)
     monkeypatch.setattr(cudnn, "loaded", lambda: True)
+
+    def text(function, *arrays):
+        with dispatch.compiling_for("gpu"):
+            return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+    return text
+
+
+@pytest.mark.parametrize("T", [1, 64])
+def test_a_share_is_lowered_to_cudnns_calls(lowered, T):
+    """Queries of all devices over the keys here, and two pieces of them over the chunk's own."""
+    q, k, v = (jnp.tile(x, 4) for x in draw(T, 128, "gqa", "bfloat16"))
+    own = tuple(jnp.tile(x, 4) for x in draw(T, T, "gqa", "bfloat16")[1:])
+    N, K, H = q.shape[2], k.shape[2], q.shape[3]
+    text = lowered(lambda q, k, v, own, phase: partial_attention(
+        q, k, v, offsets_B=jnp.zeros(B, jnp.int32), stride=4, phase=phase, own=own,
+        implementation="cudnn"), q, k, v, own, jnp.int32(0))
+    calls = re.findall(r"cudnn\$fmhaSoftmax.*: \(tensor<([\dx]+)xbf16>, tensor<([\dx]+)x", text)
+
+    def call(T, S):
+        return f"{B}x{N}x{T}x{H}", f"{B}x{K}x{S}x{H}"
+
+    chunk = [] if T == 1 else 2 * [call(8, 64), call(8, 8)]
+    assert calls == [call(T, 128), *chunk]
+    masks = ["PADDING", *["PADDING", "CAUSAL"] * (len(chunk) // 2)]
+    assert re.findall("PADDING|CAUSAL", text) == masks
+
+
+def test_a_share_that_cudnn_does_not_take(lowered):
+    q, k, v = draw(64, 128, "gqa", "bfloat16")
+    zeros = jnp.zeros(B, jnp.int32)
+    for kwargs, sentence in [({"stride": 4}, "no mask for several queries over every 4th key"),
+                             ({"ends_BS": jnp.zeros((B, 128), jnp.int32)}, "no packed rows")]:
+        with pytest.raises(ValueError, match=sentence):
+            lowered(lambda q, k, v, kwargs=kwargs: partial_attention(
+                q, k, v, offsets_B=zeros, implementation="cudnn", **kwargs), q, k, v)
+
+
+@pytest.mark.parametrize("offsets", [None, (5, 64)])
+def test_cudnn_is_lowered_to_its_calls(lowered, offsets):
+    """The cache keeps its layout."""
     q, k, v = (jnp.tile(x, 4) for x in draw(64, 128, "gqa", "bfloat16"))
     where = None if offsets is None else jnp.array(offsets)
-    with dispatch.compiling_for("gpu"):
-        text = jax.jit(lambda q, k, v: attention(
-            q, k, v, offsets_B=where, implementation="cudnn")).trace(q, k, v).lower(
-                lowering_platforms=("cuda",)).as_text()
+    text = lowered(lambda q, k, v: attention(
+        q, k, v, offsets_B=where, implementation="cudnn"), q, k, v)
     assert text.count("@__cudnn$fmhaSoftmax") == (1 if offsets is None else 2)
     assert "PADDING" in text if offsets else "CAUSAL" in text
 
@@ -185,7 +293,7 @@ def test_a_named_kernel_works_or_raises():
         with pytest.raises(ValueError, match=sentence):
             attention(q, k, v, implementation=form, **kwargs)
     for form in ("splash", "pallas_tpu"):
-        with pytest.raises(ValueError, match="Both must be float32 or both bfloat16"):
+        with pytest.raises(ValueError, match="q of float32 or bfloat16, and keys of that"):
             attention(q.astype(jnp.bfloat16), k, v, implementation=form)
         with dispatch.compiling_for("gpu"), pytest.raises(ValueError, match="runs on a TPU"):
             attention(q, k, v, implementation=form)

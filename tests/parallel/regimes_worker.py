@@ -20,8 +20,10 @@ from mmx.parallel.exchange import all_to_all_experts
 from mmx.parallel.mesh_ops import MeshOps
 from mmx.sharding.mesh import parse_mesh
 from mmx.sharding.rules import REGIMES, param_shardings
+from pallas_kernels.attention import cudnn
 from pallas_kernels.quantized import QuantizedTensor
 from tests.engine.conftest import tiny_model
+from tests.pallas_kernels import cudnn_stand_in
 from tests.tolerances import peak_ratio
 
 CONFIG, PARAMS = tiny_model((LIGHTNING, SOFTMAX))
@@ -98,6 +100,7 @@ def skewed():
 
 
 def main(cases):
+    cudnn_stand_in.install(cudnn)
     int8 = quant.quantize_params(PARAMS)
     references, report = {}, {"skewed": skewed()}
     for case in cases:

@@ -17,7 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from mmx.parallel import blocks, lasp, ring
 from pallas_kernels import attention, lightning_attention, lightning_state
+from pallas_kernels.attention import cudnn
 from pallas_kernels.lightning_attention import state as own_state
+from tests.pallas_kernels import cudnn_stand_in
 from tests.tolerances import assert_close
 
 # Several spans and blocks in a piece of six tokens, the last of them overlapping or filled up.
@@ -122,12 +124,13 @@ def check_lightning(axis, cases, dtype="float32"):
 # Softmax attention.
 
 
-def split_attention(axis, method, balanced, is_packed):
+def split_attention(axis, method, balanced, is_packed, implementation=None):
     W = int(np.prod([MESH.shape[name] for name in names(axis)]))
 
     def piece(q, k, v, samples, lengths, axis):
         marks = {"samples_BT": samples, "lengths_B": lengths} if is_packed else {}
-        return (ring.attention(q, k, v, axis=axis, method=method, balanced=balanced, **marks),)
+        return (ring.attention(q, k, v, axis=axis, method=method, balanced=balanced,
+                               implementation=implementation, **marks),)
 
     split = island(piece, axis, ("BT", "BT", "BT", "BT", "B"), ("BT",))
 
@@ -158,10 +161,10 @@ def whole_attention(is_packed, dtype):
 
 
 def check_attention(axis, cases, dtype="float32"):
-    """Yields (what, fault) for cases (method, balanced, is_packed), all in one program."""
+    """Yields (what, fault) for cases (method, balanced, is_packed[, form]), all in one program."""
     run = jax.jit(lambda *x: [split_attention(axis, *case)(*x) for case in cases])
     got = run(*attention_arguments(dtype))
-    for (method, balanced, is_packed), ((out,), gradients) in zip(cases, got, strict=True):
+    for (method, balanced, is_packed, *_), ((out,), gradients) in zip(cases, got, strict=True):
         (want_out,), want_gradients = whole_attention(is_packed, dtype)
         what = f"{method}{' balanced' * balanced} {'packed' if is_packed else 'plain'}"
         yield f"{what} dtype", fault_if(out.dtype != dtype)
@@ -261,6 +264,13 @@ def groups():
     yield "softmax 8", check_attention(axes["8"], softmax[1:3])
     yield "softmax 8 reversed", check_attention(axes["8 reversed"], softmax[1:2])
     yield "softmax 4 bfloat16", check_attention(axes["4"], softmax[1:2], "bfloat16")
+    yield "softmax 4 pallas_tpu", check_attention(
+        axes["4"], [("ring", False, True, "pallas_tpu"), ("ring", True, True, "pallas_tpu"),
+                    ("gather", False, True, "pallas_tpu")])
+    cudnn_stand_in.install(cudnn)
+    yield "softmax 4 cudnn", check_attention(
+        axes["4"], [("ring", False, False, "cudnn"), ("ring", True, False, "cudnn"),
+                    ("gather", False, False, "cudnn")])
     yield "traffic", check_traffic()
     yield "overlap", check_overlap()
 

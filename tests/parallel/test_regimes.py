@@ -10,11 +10,12 @@ import pytest
 
 from tests.tolerances import bound
 
-# MESH/REGIME/ROWS[/int8][/sequence=METHOD]; rows are of uneven length, tensor=4 has more devices
-# than key/value heads, and a row alone cannot be split over the batch axes.
+# MESH/REGIME/ROWS[/int8][/CHOICE=NAME]; cuDNN is a stand-in. Rows are of uneven length, tensor=4
+# has more devices than key/value heads, and a row alone cannot be split over the batch axes.
 QUICK = (
     "data=2,expert=2,tensor=2/decode/4/int8", "expert=2,tensor=4/prefill/4",
     "sequence=2,expert=2,tensor=2/long/1/dispatch=all_to_all", "data=2,sequence=2,expert=2/train/4",
+    "data=2,sequence=4/prefill/2/softmax=cudnn",
 )
 CASES = (
     "tensor=4/decode/4", "expert=4,tensor=2/decode/4", "expert=2,tensor=2/decode/1",
