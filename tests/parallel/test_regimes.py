@@ -20,7 +20,7 @@ CASES = (
     "tensor=4/decode/4", "expert=4,tensor=2/decode/4", "expert=2,tensor=2/decode/1",
     "sequence=2,expert=2,tensor=2/decode/2", "sequence=4/prefill/1",
     "data=2,sequence=2,tensor=2/prefill/4", "expert=4,tensor=2/long/1/int8/sequence=log",
-    "sequence=8/long/2/sequence=ring", "expert=2,tensor=4/prefill/4/dispatch=all_to_all",
+    "sequence=8/long/2/sequence=ring", "data=2,sequence=2,expert=2/long/1", "expert=2,tensor=4/prefill/4/dispatch=all_to_all",
     "data=2,expert=4/prefill/8/dispatch=all_to_all", "data=2,expert=2,tensor=2/train/4",
     "slice=2,data=2,tensor=2/train/4", "sequence=4,tensor=2/train/4/context=gather",
 )
