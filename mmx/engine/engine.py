@@ -17,6 +17,7 @@ from mmx.engine.request import Event, Request, TokenLogprob
 from mmx.engine.steps import Key, Steps, common_mesh, find_forbidden
 from mmx.errors import UserError
 from mmx.nn.wide import widen
+from mmx.parallel.hosts import smallest
 
 CHUNK_SIZES = (16, 64, 256, 512)
 PREFILL_CHUNK = 2048
@@ -91,6 +92,10 @@ class Engine:
         self._put = lambda tree: jax.device_put(tree, self._steps.sharding)
         self._forbidden_V = self._put(forbidden_V)
         self._one_1 = self._put(np.ones(1, np.int32))
+        # Over several processes all must refuse alike: what the poorest had before any cache.
+        self._have = None
+        if self._steps.processes > 1:
+            self._have = smallest(memory.available_bytes(self._steps.local_devices()))
         self.capacity = 0
         self._cache = self._one = self._state = self._plain_row = None
         self._ids_B = self._active_B = None
@@ -353,7 +358,9 @@ class Engine:
         need = self._steps.cache_bytes(self.slots, capacity)
         if self.slots > 1:
             need += self._steps.cache_bytes(1, capacity)
-        have = memory.available_bytes(self._steps.local_devices())
+        have = self._have
+        if have is None:
+            have = memory.available_bytes(self._steps.local_devices())
         if need > have:
             raise UserError(
                 f"{what} needs {memory.human(need)} of cache for {self.slots} slot(s).",

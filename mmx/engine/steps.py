@@ -141,6 +141,11 @@ class Steps:
         """A cache's capacity is a multiple of this."""
         return 1 if self.mesh is None else self._some.cache_pieces
 
+    @property
+    def processes(self) -> int:
+        """Processes whose devices the model lies on."""
+        return 1 if self.mesh is None else len({d.process_index for d in self.mesh.devices.flat})
+
     def local_devices(self) -> list[jax.Device]:
         """This process's devices that the model lies on."""
         if self.mesh is None:
@@ -193,10 +198,14 @@ class Steps:
         return key in self._used
 
     def compile(self, keys: Iterable[Key]) -> list[Future]:
-        """Starts compiling the named programs in the background; a call waits for its own."""
+        """Starts compiling the named programs in the background; a call waits for its own.
+
+        The jitted functions find the results in jax's own caches.
+        """
         for key in keys:
             if key not in self._compiling and key not in self._used:
-                self._compiling[key] = self._pool.submit(self._compile, key)
+                self._compiling[key] = self._pool.submit(
+                    lambda key=key: self.lower(key).compile())
         return [self._compiling[key] for key in keys if key in self._compiling]
 
     def _wait(self, key: Key):
@@ -205,8 +214,8 @@ class Steps:
             if key in self._compiling:
                 self._compiling[key].result()
 
-    def _compile(self, key: Key):
-        """Lowers from shapes alone; the jitted function finds the result in jax's own caches."""
+    def lower(self, key: Key) -> jax.stages.Lowered:
+        """The program of a key from shapes alone, to be compiled."""
         name, size, capacity = key
         spec = partial(jax.tree.map, self._abstract)
         vocab = self.config.vocab_size
@@ -221,19 +230,16 @@ class Steps:
             return jax.ShapeDtypeStruct(shape, jnp.int32)
 
         if name == "prefill":
-            lowered = self._prefill.lower(self.params, cache(1), host(1, size), host(1))
-        elif name == "decode":
-            lowered = self._decode.lower(self.params, cache(size), vector(size), vector(size))
-        elif name == "admit":
-            lowered = self._admit.lower(
-                cache(size), vector(size), cache(1), vector(1), host())
-        elif name == "sample":
+            return self._prefill.lower(self.params, cache(1), host(1, size), host(1))
+        if name == "decode":
+            return self._decode.lower(self.params, cache(size), vector(size), vector(size))
+        if name == "admit":
+            return self._admit.lower(cache(size), vector(size), cache(1), vector(1), host())
+        if name == "sample":
             logits = self._abstract(jax.ShapeDtypeStruct((size, vocab), jnp.float32))
             state = spec(jax.eval_shape(lambda: sampling.empty_state(size, vocab)))
-            lowered = self._sample.lower(logits, vector(vocab, jnp.bool_), state, vector(size))
-        else:
-            raise ValueError(f"There is no program '{name}'.")
-        lowered.compile()
+            return self._sample.lower(logits, vector(vocab, jnp.bool_), state, vector(size))
+        raise ValueError(f"There is no program '{name}'.")
 
     def _cache_spec(self, batch: int, capacity: int) -> Cache:
         shapes = caches.cache_shapes(self.config, batch, capacity, self.kv_dtype, self.kv_heads)
