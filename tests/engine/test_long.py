@@ -10,14 +10,15 @@ from mmx.config import LIGHTNING, SOFTMAX
 from mmx.engine.engine import Engine
 from mmx.engine.request import Request, SamplingParams
 from tests.engine.conftest import tiny_model
-from tests.engine.long_worker import CHUNK, LENGTHS
 from tests.tolerances import bound
 
-# MESH/SLOTS. One slot decodes where it was prefilled; rows of several are laid anew: over all axes
-# of rows, over some of them, and over none.
-QUICK = ("data=2,sequence=2,expert=2/1", "sequence=2,expert=2,tensor=2/2")
-CASES = ("data=2,expert=4/1", "data=2,sequence=2,expert=2/2", "data=2,expert=4/8",
-         "sequence=4,tensor=2/3", "slice=2,data=2,expert=2/4", "sequence=3,tensor=2/1")
+# One slot decodes where it was prefilled; rows of several are laid anew: over all axes of rows,
+# over some of them, and over none.
+QUICK = ("data=2,sequence=2,expert=2/2",)
+MOVES = ("expert=8/8/moves", "data=2,sequence=2,expert=2/2/moves", "sequence=4,tensor=2/3/moves",
+         "slice=2,data=2,expert=2/4/moves", "sequence=2,expert=3/3/moves", "tensor=4/2/moves")
+CASES = ("data=2,sequence=2,expert=2/1/all", "sequence=2,expert=2,tensor=2/2/all",
+         "data=2,expert=4/8/all", "sequence=3,tensor=2/1")
 
 
 def measure(cases):
@@ -33,26 +34,30 @@ def check(found):
     for case, one in found.items():
         assert one["ids"] and one["told"], case
         assert one["logprobs"] <= bound("split") and one["states"] <= bound("split"), (case, one)
-        # All chunks but the last two are told of, in order, with the tokens that they hold.
-        assert one["calls"][:3] == [[1, CHUNK * n, LENGTHS[1]] for n in (1, 2, 3)]
-
-
-@pytest.fixture(scope="module")
-def quick():
-    return measure(QUICK)
 
 
 @pytest.mark.multidevice
-def test_long_prompts_over_a_mesh_equal_one_device(quick):
-    check(quick)
-    # Keys are nowhere whole, with one row or with two.
-    assert [one["key_share"] for one in quick.values()] == [1 / 8, 1 / 8]
+def test_long_prompts_over_a_mesh_equal_one_device():
+    found = measure((*QUICK, *MOVES))
+    assert [case for case in MOVES if not found.pop(case)] == []
+    check(found)
+    assert found[QUICK[0]]["key_share"] == 1 / 8  # of two rows, nowhere one whole
 
 
 @pytest.mark.slow
 @pytest.mark.multidevice
 def test_long_prompts_over_any_mesh():
-    check(measure(CASES))
+    found = measure(CASES)
+    check(found)
+    # A chunk's step needs no more for a longer context, but for one layer's share of keys and
+    # values, which the scan over two of them cuts out.
+    one = found[CASES[0]]
+    assert one["key_share"] == 1 / 8
+    sizes = {int(capacity): size for capacity, size in one["temporaries"].items()}
+    (short, least), *_, (long, most) = sorted(sizes.items())
+    keys_and_values = 2 * one["key_bytes"] * one["key_share"] / 2
+    assert most - least <= 1.05 * keys_and_values * (long - short), sizes
+    assert most - least < 0.2 * least and long == 16 * short, sizes
 
 
 def test_capacities_of_long_prompts_grow_by_eighths():
