@@ -27,14 +27,13 @@ CASES = (
 )
 
 # The same over real processes: PROCESSES x DEVICES of each.
-QUICK_PODS = {"2x2": ("sequence=2,tensor=2/train/4", "expert=2,tensor=2/prefill/4/int8",
-                      "sequence=2,expert=2/long/1")}
+QUICK_PODS = {"2x2": ("sequence=2,tensor=2/train/4", "sequence=2,expert=2/long/1")}
 PODS = {
     "2x1": ("sequence=2/long/2/sequence=ring", "sequence=2/train/4", "expert=2/decode/4",
             "tensor=2/decode/2/int8", "data=2/prefill/4", "tensor=2/train/4", "expert=2/train/4"),
     "2x2": ("expert=2,tensor=2/train/4", "data=2,expert=2/decode/4",
             "sequence=2,tensor=2/prefill/2", "data=2,sequence=2/train/4/context=gather",
-            "expert=2,tensor=2/decode/1"),
+            "expert=2,tensor=2/decode/1", "expert=2,tensor=2/prefill/4/int8"),
     "4x1": ("sequence=2,tensor=2/train/4", "sequence=2,tensor=2/long/1/sequence=log",
             "expert=2,tensor=2/prefill/4", "expert=4/prefill/4/dispatch=all_to_all",
             "slice=2,data=2/train/4", "data=2,expert=2/train/4", "sequence=2,expert=2/decode/1",
