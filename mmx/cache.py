@@ -78,31 +78,25 @@ def cache_bytes(config: ModelConfig, batch: int, capacity: int, dtype="bfloat16"
     )
 
 
-def write_slot(cache: Cache, slot: jax.Array, one: Cache) -> Cache:
-    """Replaces row `slot` of `cache` by the only row of `one` (of at most its capacity)."""
+def write_slot(cache: Cache, slot: jax.Array, one: Cache, ops: Ops | None = None) -> Cache:
+    """Replaces row `slot` of `cache` by the only row of `one`, which has the same capacity.
 
-    def put(big, small, axis):
-        start = [0] * big.ndim
-        start[axis] = slot
-        return jax.lax.dynamic_update_slice(big, small.astype(big.dtype), tuple(start))
+    Of its keys and values those of its tokens are copied at least.
+    """
+    ops, tokens = ops or Ops(), one.lengths_B[0]
+    return jax.tree.map(
+        lambda big, small, axes: ops.write_row(big, small, slot, tokens, *axes),
+        cache, one, cache_axes(cache))
 
-    stacks = jax.tree.map(lambda big, small: put(big, small, 1), cache.stacks, one.stacks)
-    return Cache(stacks, put(cache.lengths_B, one.lengths_B, 0))
 
-
-def grow(cache: Cache, capacity: int) -> Cache:
+def grow(cache: Cache, capacity: int, ops: Ops | None = None) -> Cache:
     """Returns the cache with room for `capacity` tokens a row; what it holds is kept."""
+    ops = ops or Ops()
 
-    def pad(memory):
-        if "k" not in memory:
-            return memory
-        extra = capacity - memory["k"].shape[3]
-        return {
-            name: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra), (0, 0)))
-            for name, x in memory.items()
-        }
+    def pad(leaf, axes):
+        return ops.grow(leaf, capacity, *axes) if "cache_time" in axes else leaf
 
-    return Cache(tuple(tuple(pad(m) for m in stack) for stack in cache.stacks), cache.lengths_B)
+    return jax.tree.map(pad, cache, cache_axes(cache))
 
 
 def lay(cache: Cache, ops: Ops) -> Cache:

@@ -133,7 +133,9 @@ def load(path_or_id: str | Path = "nano", *, dtype: str | None = None,
       dtype: of weights and activations; float32 on a CPU and bfloat16 elsewhere if None.
       quantize: "int8" holds the large matrices in 8 bits.
       mesh: devices over which the parameters are spread, as a Mesh or as text such as
-        "expert=4,tensor=2"; the default device if None.
+        "expert=4,tensor=2"; the default device if None. In a job of several processes (see
+        `mmx.sharding.distributed.start`) it may hold the devices of all, who then make every call
+        alike.
       max_host_bytes: host memory that reading may take beyond the result.
       random_weights: draw the weights from `seed` instead of reading them.
       progress: called with (done, total) elements.

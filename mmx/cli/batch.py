@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmx.batch import records
 from mmx.batch.run import run_batch
-from mmx.cli.hosts import HostSettings, joined
+from mmx.cli.hosts import HostSettings, joined, spans_processes
 from mmx.cli.settings import setting
 from mmx.cli.shared import (
     EngineSettings,
@@ -79,7 +79,7 @@ def run(call) -> None:
         else:
             log.set_process(host)
         call.announce()
-        together = pod.count > 1 and _spans_processes(settings.mesh)
+        together = pod.count > 1 and spans_processes(settings.mesh)
         if together and settings.host is not None:
             raise UserError("--host is for hosts that each hold the whole model.",
                             f"The mesh '{settings.mesh}' needs the devices of several.",
@@ -92,17 +92,6 @@ def run(call) -> None:
         if host == 0:
             call.save(settings.output + ".config.gin")
         _tell(settings, summary, pod.is_main)
-
-
-def _spans_processes(mesh: str | None) -> bool:
-    """Whether a mesh needs more devices than this process has."""
-    if not mesh:
-        return False
-    import jax
-
-    from mmx.sharding.mesh import parse_mesh
-
-    return parse_mesh(mesh).size > jax.local_device_count()
 
 
 def _tell(settings: BatchSettings, summary, is_main: bool) -> None:
@@ -135,7 +124,7 @@ class Answers:
 
         self._session = Session(settings, slots=settings.slots)
         self.name = self._session.name
-        self.run = self._session.engine.run
+        self.run = self._session.run
         self.token_bytes = self._session.tokenizer.token_bytes
 
     def encode(self, job: records.Job) -> list[int]:

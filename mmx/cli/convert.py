@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+from mmx.cli.hosts import refuse_several
 from mmx.cli.settings import setting
 from mmx.errors import UserError
 
@@ -41,6 +42,7 @@ def run(call) -> None:
     if not settings.output:
         raise UserError("There is no --output.", "A conversion needs a directory to write.",
                         "Add --output=DIR.")
+    refuse_several("convert")
     from pathlib import Path
 
     from mmx.checkpoint import convert

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 
+from mmx.cli.hosts import HostSettings, joined, spans_processes
 from mmx.cli.settings import setting
 from mmx.cli.shared import (
     EngineSettings,
@@ -27,7 +28,7 @@ mmx generate --model=DIR --chat --system="Answer briefly."
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateSettings(EngineSettings, SamplingSettings, ModelSettings):
+class GenerateSettings(HostSettings, EngineSettings, SamplingSettings, ModelSettings):
     prompt: str | None = setting(
         None, "The text to go on from. Without it stdin is read; on a terminal, a chat begins.",
         group="Input")
@@ -53,36 +54,56 @@ Settings = GenerateSettings
 def run(call) -> None:
     """Answers one prompt, or holds a chat on a terminal."""
     settings = call.settings
-    prompt = _prompt(settings)
-    tools = _tools(settings)
-    if prompt is None and settings.json:
-        raise UserError("--json has no prompt.", "A chat on a terminal is for people.",
-                        "Add --prompt=TEXT.")
-    if settings.output:
-        _check_folder(os.path.dirname(settings.output) or ".")
+    if settings.prompt is not None and settings.prompt_file is not None:
+        raise UserError("--prompt and --prompt_file are both given.", "There is one prompt.",
+                        "Leave one out.")
     enable_compilation_cache(settings.compilation_cache)
+    with joined(settings.distributed) as pod:
+        _answer(call, pod)
+
+
+def _answer(call, pod) -> None:
+    """Process 0 reads the prompt and writes the answer; all go through the same steps."""
+    settings, prompt, tools = call.settings, None, None
+    if pod.count > 1:
+        _check_mesh(settings.mesh, pod.count)
+    if pod.is_main:
+        prompt, tools = _prompt(settings), _tools(settings)
+        if prompt is None and (settings.json or pod.count > 1):
+            what, rule = "--json has no prompt.", "A chat on a terminal is for people."
+            if pod.count > 1:
+                what, rule = "There is no prompt.", "A chat on a terminal is held by one process."
+            raise UserError(what, rule, "Add --prompt=TEXT.")
+        if settings.output:
+            _check_folder(os.path.dirname(settings.output) or ".")
     from mmx.cli.session import Session
 
     began = time.monotonic()
     call.announce()
     session = Session(settings)
     load_s = time.monotonic() - began
-    if prompt is None:
+    if pod.is_main and prompt is None:
         from mmx.cli.chat import hold_chat
 
         hold_chat(session, settings, tools)
         return
-    chat = settings.chat or settings.system is not None or tools is not None
-    messages = None
-    if chat:
+    ids, chat = None, settings.chat or settings.system is not None or settings.tools is not None
+    if pod.is_main and chat:
         messages = [{"role": "user", "content": prompt}]
         if settings.system is not None:
             messages.insert(0, {"role": "system", "content": settings.system})
         ids = session.chat_ids(messages, tools)
-    else:
+    elif pod.is_main:
         ids = session.tokenizer.encode(prompt)
-    stream = _ignore if settings.json else _to_stdout
+    if pod.count > 1:
+        from mmx.parallel.hosts import from_main
+
+        pod.barrier("prompt")  # process 0 may have waited long for it
+        ids = from_main(ids)
+    stream = _ignore if settings.json or not pod.is_main else _to_stdout
     result = session.answer(ids, sampling_params(settings), stream)
+    if not pod.is_main:
+        return
     if settings.json:
         text = json.dumps({**session.report(result, load_s, chat), "config": call.config},
                           ensure_ascii=False) + "\n"
@@ -96,6 +117,15 @@ def run(call) -> None:
 
         write_text(settings.output, text)
         call.save(settings.output + ".config.gin")
+
+
+def _check_mesh(mesh: str | None, processes: int) -> None:
+    """Several processes answer one prompt only with one model over all their devices."""
+    if not spans_processes(mesh):
+        given = f"--mesh={mesh} lies within one" if mesh else "there is no --mesh"
+        raise UserError(f"{processes} processes were started, and {given}.",
+                        "They answer one prompt with one model over the devices of all.",
+                        "Name a mesh as large as all devices, or start one process.")
 
 
 def _check_folder(folder: str) -> None:
@@ -115,9 +145,6 @@ def _ignore(piece: str) -> None:
 
 def _prompt(settings: GenerateSettings) -> str | None:
     """The text to answer, or None for a chat on a terminal."""
-    if settings.prompt is not None and settings.prompt_file is not None:
-        raise UserError("--prompt and --prompt_file are both given.", "There is one prompt.",
-                        "Leave one out.")
     if settings.prompt is not None:
         text = settings.prompt
     elif settings.prompt_file not in (None, "-"):

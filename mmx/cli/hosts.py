@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 
 from mmx.cli.settings import setting
+from mmx.errors import UserError
 from mmx.obs import log
 from mmx.sharding import distributed
 
@@ -25,6 +26,25 @@ class HostSettings:
         "auto", "Work as one of several processes, found by MMX_COORDINATOR, MMX_PROCESSES and "
         "MMX_PROCESS_ID or by the cluster (Cloud TPU, GKE, SLURM); 'on' refuses to run alone.",
         group="Hosts", choices=distributed.MODES)
+
+
+def spans_processes(mesh: str | None) -> bool:
+    """Whether a mesh needs more devices than this process has."""
+    if not mesh:
+        return False
+    import jax
+
+    from mmx.sharding.mesh import parse_mesh
+
+    return parse_mesh(mesh).size > jax.local_device_count()
+
+
+def refuse_several(verb: str) -> None:
+    """Raises UserError where a launcher has started one of several processes of this verb."""
+    count = distributed.started_processes()
+    if count > 1:
+        raise UserError(f"'mmx {verb}' is the work of one process, and {count} were started.",
+                        "They would write the same files.", "Start it on one host alone.")
 
 
 @contextlib.contextmanager

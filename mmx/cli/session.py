@@ -1,16 +1,20 @@
 """A loaded model with its engine, as the verbs use it: prompts in, results and figures out."""
 
-from collections.abc import Callable
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from mmx import lm as models
 from mmx.batch.answers import token_logprobs, usage
 from mmx.checkpoint import locate
-from mmx.engine.request import Request, Result, SamplingParams
+from mmx.engine.request import Event, Request, Result, SamplingParams
 from mmx.errors import UserError
 from mmx.obs import log, memory
 from mmx.obs.progress import Progress
 from mmx.text import chat, functions, load_tokenizer
+
+_NOTE_SECONDS = 10.0
 
 
 class Session:
@@ -35,11 +39,30 @@ class Session:
 
     def answer(self, prompt_ids: list[int], sampling: SamplingParams,
                stream: Callable[[str], None]) -> Result:
-        """Runs one request, handing text to `stream` as it comes."""
-        for event in self.engine.run([Request(0, prompt_ids, sampling)]):
+        """Runs one request, handing text to `stream` as it comes.
+
+        A bar, or lines, show how far a prompt of several chunks has been read.
+        """
+        with Progress(len(prompt_ids), "tokens", title="prompt") as bar:
+            events = self.engine.run([Request(0, prompt_ids, sampling)],
+                                     lambda key, read, total: bar.reach(read, total))
+            first = next(events)
+        for event in itertools.chain((first,), events):
             if event.text_piece:
                 stream(event.text_piece)
         return event.result
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Event]:
+        """Runs requests; lines tell how far a long prompt has been read."""
+        told = time.monotonic()
+
+        def tell(key, read, total):
+            nonlocal told
+            if time.monotonic() - told >= _NOTE_SECONDS:
+                told = time.monotonic()
+                log.note(f"request {key}: {read:,} of {total:,} prompt tokens read")
+
+        return self.engine.run(requests, tell)
 
     def report(self, result: Result, load_s: float, with_calls: bool = False) -> dict[str, Any]:
         """A result and its figures as JSON values."""

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmx.cache import cache_bytes
 from mmx.config import ModelConfig
 from mmx.engine import memory, sampling
 from mmx.engine.output import Output
@@ -18,12 +17,19 @@ from mmx.engine.request import Event, Request, TokenLogprob
 from mmx.engine.steps import Key, Steps, common_mesh, find_forbidden
 from mmx.errors import UserError
 from mmx.nn.wide import widen
+from mmx.parallel.hosts import smallest
 
 CHUNK_SIZES = (16, 64, 256, 512)
 PREFILL_CHUNK = 2048
 MIN_CAPACITY = 256
+# From here on a cache grows by eighths, not by doubling: what is too much is memory.
+FINE_CAPACITY = 1 << 16
 # A further chunk costs about as much as this many tokens of padding.
 _CHUNK_COST = 32
+# Chunks of a prompt that may wait on the device: their results take memory, too.
+_AHEAD = 2
+
+Told = Callable[[Hashable, int, int], None]
 
 
 class _Pending(NamedTuple):
@@ -46,8 +52,8 @@ class Engine:
       config, params: the model; activations have the dtype of `params["norm/weight"]`.
       tokenizer: gives text and end tokens; with None, results have ids only.
       slots: sequences that decode together.
-      capacity: most tokens of prompt and output together; None lets the cache grow by doubling
-        (each new size compiles its own programs).
+      capacity: most tokens of prompt and output together; None lets the cache grow as needed (by
+        doubling, long ones by eighths; each new size compiles its own programs).
       prefill_chunk: longest piece of a prompt that is processed at once.
       kv_dtype: dtype of cached keys and values; that of the activations if None.
       forbidden_ids: ids never sampled, besides those whose head rows are all zero.
@@ -86,6 +92,10 @@ class Engine:
         self._put = lambda tree: jax.device_put(tree, self._steps.sharding)
         self._forbidden_V = self._put(forbidden_V)
         self._one_1 = self._put(np.ones(1, np.int32))
+        # Over several processes all must refuse alike: what the poorest had before any cache.
+        self._have = None
+        if self._steps.processes > 1:
+            self._have = smallest(memory.available_bytes(self._steps.local_devices()))
         self.capacity = 0
         self._cache = self._one = self._state = self._plain_row = None
         self._ids_B = self._active_B = None
@@ -152,11 +162,12 @@ class Engine:
                 self._set_row(0, self._put(sampling.empty_state(1, self.config.vocab_size)))
         return self.compile_count
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Event]:
+    def run(self, requests: Iterable[Request], told: Told | None = None) -> Iterator[Event]:
         """Runs requests, taken from the iterable as slots become free; yields their events.
 
-        Each new token makes an event; the last event of a request carries its result. Raises
-        UserError when a request that cannot run is reached (see `check`).
+        Each new token makes an event; the last event of a request carries its result. While a
+        prompt of several chunks is read, `told(key, tokens read, tokens of the prompt)` is called
+        after each. Raises UserError when a request that cannot run is reached (see `check`).
         """
         if self._busy:
             raise RuntimeError("Engine.run is already in progress; finish or close it first.")
@@ -171,7 +182,7 @@ class Engine:
                     if request is None:
                         more = False
                         break
-                    flight.append(self._admit(request, submitted))
+                    flight.append(self._admit(request, submitted, told))
                     yield from self._read(flight, keep=1)
                 if not any(self._running):
                     if not flight:
@@ -190,14 +201,15 @@ class Engine:
             self._active_B = None
             self._busy = False
 
-    def _admit(self, request: Request, submitted: float) -> _Pending:
+    def _admit(self, request: Request, submitted: float, told: Told | None) -> _Pending:
         """Prefills a prompt into a free slot and draws its first token."""
         self.check(request)
         prompt, params = request.prompt_ids, request.sampling
         capacity = self._capacity_for(self.room(request))
         if capacity > self.capacity:
             self._allocate(capacity)
-        limit = min(params.max_tokens, self.capacity - len(prompt) + 1)
+        room = self.fixed_capacity or self.capacity
+        limit = min(params.max_tokens, room - len(prompt) + 1)
         output = Output(request, self.tokenizer, self.eos_ids, limit, submitted)
         slot = self._running.index(None)
         chunks = plan_chunks(len(prompt), self.chunk_sizes)
@@ -205,14 +217,20 @@ class Engine:
         output.start()
 
         one, first = self._steps.reset(self._fresh_row()), 0
-        logits_1V = None
+        logits_1V, ahead = None, deque()
         for size in chunks:
             piece = prompt[first:first + size]
             ids_1T = np.zeros((1, size), np.int32)
             ids_1T[0, :len(piece)] = piece
             length_1 = np.asarray([len(piece)], np.int32)
             logits_1V, one = self._steps.prefill(one, ids_1T, length_1)
-            first += size
+            first += len(piece)
+            ahead.append((logits_1V, first))
+            if len(ahead) > _AHEAD:
+                oldest, read = ahead.popleft()
+                oldest.block_until_ready()
+                if told is not None:
+                    told(request.key, read, len(prompt))
         if params.plain:
             id_1, sampled, row = self._steps.greedy(logits_1V, self._forbidden_V), None, None
         else:
@@ -298,12 +316,14 @@ class Engine:
         self._state = self._steps.insert(self._state, row or self._plain_row, slot)
 
     def _allocate(self, capacity: int):
-        if self._cache is None:
+        self._one = None
+        if any(self._running):
+            self._cache = self._steps.grow(self._cache, capacity)
+        else:
+            self._cache, self.capacity = None, 0  # there may be no room for both
             self._cache = self._steps.init(self.slots, capacity)
             self._ids_B = self._put(np.zeros(self.slots, np.int32))
-        else:
-            self._cache = self._steps.grow(self._cache, capacity)
-        self.capacity, self._one = capacity, None
+        self.capacity = capacity
 
     def _decode_keys(self) -> list[Key]:
         names = ("decode",) if self.slots == 1 else ("decode", "admit")
@@ -324,19 +344,23 @@ class Engine:
                    *plan_chunks(len(request.prompt_ids), self.chunk_sizes))
 
     def _capacity_for(self, tokens: int) -> int:
-        if self.fixed_capacity is not None:
-            return self.fixed_capacity
-        capacity = MIN_CAPACITY
-        while capacity < tokens:
-            capacity *= 2
-        return capacity
+        capacity = self.fixed_capacity
+        if capacity is None:
+            capacity = max(MIN_CAPACITY, 1 << (tokens - 1).bit_length())
+            if capacity > FINE_CAPACITY:
+                capacity = -(-tokens // (capacity // 16)) * (capacity // 16)
+        pieces = self._steps.cache_pieces
+        return -(-capacity // pieces) * pieces
 
     def _check_memory(self, capacity: int, what: str) -> None:
         if capacity <= self.capacity:
             return
-        rows = self.slots + (self.slots > 1)
-        need = cache_bytes(self.config, rows, capacity, self.kv_dtype, self._steps.kv_heads)
-        have = memory.available_bytes()
+        need = self._steps.cache_bytes(self.slots, capacity)
+        if self.slots > 1:
+            need += self._steps.cache_bytes(1, capacity)
+        have = self._have
+        if have is None:
+            have = memory.available_bytes(self._steps.local_devices())
         if need > have:
             raise UserError(
                 f"{what} needs {memory.human(need)} of cache for {self.slots} slot(s).",

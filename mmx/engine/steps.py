@@ -4,6 +4,7 @@ Model and sampler are separate programs, so that a row's logits do not depend on
 batch needs, and sampling settings multiply no model program.
 """
 
+import math
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,9 +21,11 @@ from mmx.cache import Cache
 from mmx.config import ModelConfig
 from mmx.engine import sampling
 from mmx.parallel.ops import Ops
-from mmx.sharding.rules import DECODE, PREFILL
+from mmx.sharding.rules import DECODE, LONG, PREFILL
 
 Key = tuple  # (program, batch or chunk, capacity)
+# Tokens of a chunk on each device from which sharing out its time pays.
+LONG_PIECE = 64
 
 
 def find_forbidden(params) -> np.ndarray:
@@ -58,18 +61,21 @@ def common_mesh(params):
 class Steps:
     """Programs of one engine. `count` is how many were traced (each is compiled once).
 
-    With a `mesh`, decoding and prefill lie over it by their regimes' tables, whose caches lie the
-    same way; whatever else the programs return, every device has whole.
+    With a `mesh`, decoding and prefill lie over it by their regimes' tables; whatever else the
+    programs return, every device has whole. A prompt is prefilled alone, and its keys lie over all
+    axes but that of heads: so they stay where one row decodes, and `admit` lays them anew among
+    others. Its chunks are shared out over time as well (the table LONG), where pieces are not tiny.
     """
 
     def __init__(self, config: ModelConfig, params, slots: int, kv_dtype: str, mesh=None):
         self.config, self.params, self.slots, self.kv_dtype = config, params, slots, kv_dtype
         self.mesh = mesh
-        self._many = self._some = Ops()
+        self._many = self._some = self._long = Ops()
         if mesh is not None:
             from mmx.parallel.mesh_ops import MeshOps
 
-            self._many, self._some = MeshOps(mesh, PREFILL), MeshOps(mesh, DECODE)
+            self._many, self._some, self._long = (
+                MeshOps(mesh, rules) for rules in (PREFILL, DECODE, LONG))
         self.kv_heads = self._some.cache_kv_heads(config.num_kv_heads)
         everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         self.sharding = everywhere  # of everything but parameters and caches
@@ -88,11 +94,12 @@ class Steps:
             kwargs = {} if mesh is None or caches_too else {"out_shardings": everywhere}
             return jax.jit(counted, donate_argnums=donate, static_argnums=static, **kwargs)
 
-        some, many = self._some, self._many
+        some = self._some
 
         def prefill(params, cache, ids_1T, length_1):
-            logits_1V, cache = model.step(config, params, cache, ids_1T, length_1, ops=many)
-            return many.whole(logits_1V), caches.lay(cache, some)
+            ops = self.prefill_ops(ids_1T.shape[1])
+            logits_1V, cache = model.step(config, params, cache, ids_1T, length_1, ops=ops)
+            return some.whole(logits_1V), caches.lay(cache, some)
 
         def decode(params, cache, ids_B, active_B):
             logits_BV, cache = model.step(
@@ -101,7 +108,8 @@ class Steps:
 
         def admit(cache, ids_B, one, id_1, slot):
             ids_B = jax.lax.dynamic_update_slice_in_dim(ids_B, id_1, slot, axis=0)
-            return caches.lay(caches.write_slot(cache, slot, one), some), some.whole(ids_B)
+            return (caches.lay(caches.write_slot(cache, slot, one, some), some),
+                    some.whole(ids_B))
 
         def init(batch, capacity):
             cache = caches.init_cache(config, batch, capacity, kv_dtype, self.kv_heads)
@@ -115,10 +123,43 @@ class Steps:
         self._reset = program(
             lambda cache: caches.lay(_reset(cache), some), donate=(0,), caches_too=True)
         self._grow = program(
-            lambda cache, capacity: caches.lay(caches.grow(cache, capacity), some), static=(1,),
-            caches_too=True)
+            lambda cache, capacity: caches.lay(caches.grow(cache, capacity, some), some),
+            static=(1,), caches_too=True)
         self._greedy = program(sampling.greedy)
         self._sample = program(sampling.sample, donate=(2,))
+
+    def prefill_ops(self, chunk: int) -> Ops:
+        """How a prompt's chunk of that many tokens lies."""
+        if self.mesh is None:
+            return self._many
+        pieces = self._long.time_pieces(chunk)
+        pays = pieces > self._many.time_pieces(chunk) and chunk >= LONG_PIECE * pieces
+        return self._long if pays else self._many
+
+    @property
+    def cache_pieces(self) -> int:
+        """A cache's capacity is a multiple of this."""
+        return 1 if self.mesh is None else self._some.cache_pieces
+
+    @property
+    def processes(self) -> int:
+        """Processes whose devices the model lies on."""
+        return 1 if self.mesh is None else len({d.process_index for d in self.mesh.devices.flat})
+
+    def local_devices(self) -> list[jax.Device]:
+        """This process's devices that the model lies on."""
+        if self.mesh is None:
+            return jax.local_devices()[:1]
+        return [one for one in self.mesh.devices.flat if one.process_index == jax.process_index()]
+
+    def cache_bytes(self, batch: int, capacity: int) -> int:
+        """Bytes of a cache on all of `local_devices` together."""
+        cache = self._cache_spec(batch, capacity)
+        if self.mesh is None:
+            return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+        return len(self.local_devices()) * sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(cache))
 
     def init(self, batch: int, capacity: int) -> Cache:
         return self._init(batch, capacity)
@@ -157,10 +198,14 @@ class Steps:
         return key in self._used
 
     def compile(self, keys: Iterable[Key]) -> list[Future]:
-        """Starts compiling the named programs in the background; a call waits for its own."""
+        """Starts compiling the named programs in the background; a call waits for its own.
+
+        The jitted functions find the results in jax's own caches.
+        """
         for key in keys:
             if key not in self._compiling and key not in self._used:
-                self._compiling[key] = self._pool.submit(self._compile, key)
+                self._compiling[key] = self._pool.submit(
+                    lambda key=key: self.lower(key).compile())
         return [self._compiling[key] for key in keys if key in self._compiling]
 
     def _wait(self, key: Key):
@@ -169,22 +214,14 @@ class Steps:
             if key in self._compiling:
                 self._compiling[key].result()
 
-    def _compile(self, key: Key):
-        """Lowers from shapes alone; the jitted function finds the result in jax's own caches."""
+    def lower(self, key: Key) -> jax.stages.Lowered:
+        """The program of a key from shapes alone, to be compiled."""
         name, size, capacity = key
         spec = partial(jax.tree.map, self._abstract)
         vocab = self.config.vocab_size
 
         def cache(batch):
-            shapes = caches.cache_shapes(
-                self.config, batch, capacity, self.kv_dtype, self.kv_heads)
-            if self.mesh is None:
-                return spec(shapes)
-            return jax.tree.map(
-                lambda leaf, axes: jax.ShapeDtypeStruct(
-                    leaf.shape, leaf.dtype, sharding=self._some.sharding(leaf.shape, *axes)),
-                shapes, caches.cache_axes(shapes),
-                is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct))
+            return self._cache_spec(batch, capacity)
 
         def vector(n, dtype=jnp.int32):
             return self._abstract(jax.ShapeDtypeStruct((n,), dtype))
@@ -193,19 +230,26 @@ class Steps:
             return jax.ShapeDtypeStruct(shape, jnp.int32)
 
         if name == "prefill":
-            lowered = self._prefill.lower(self.params, cache(1), host(1, size), host(1))
-        elif name == "decode":
-            lowered = self._decode.lower(self.params, cache(size), vector(size), vector(size))
-        elif name == "admit":
-            lowered = self._admit.lower(
-                cache(size), vector(size), cache(1), vector(1), host())
-        elif name == "sample":
+            return self._prefill.lower(self.params, cache(1), host(1, size), host(1))
+        if name == "decode":
+            return self._decode.lower(self.params, cache(size), vector(size), vector(size))
+        if name == "admit":
+            return self._admit.lower(cache(size), vector(size), cache(1), vector(1), host())
+        if name == "sample":
             logits = self._abstract(jax.ShapeDtypeStruct((size, vocab), jnp.float32))
             state = spec(jax.eval_shape(lambda: sampling.empty_state(size, vocab)))
-            lowered = self._sample.lower(logits, vector(vocab, jnp.bool_), state, vector(size))
-        else:
-            raise ValueError(f"There is no program '{name}'.")
-        lowered.compile()
+            return self._sample.lower(logits, vector(vocab, jnp.bool_), state, vector(size))
+        raise ValueError(f"There is no program '{name}'.")
+
+    def _cache_spec(self, batch: int, capacity: int) -> Cache:
+        shapes = caches.cache_shapes(self.config, batch, capacity, self.kv_dtype, self.kv_heads)
+        if self.mesh is None:
+            return jax.tree.map(self._abstract, shapes)
+        return jax.tree.map(
+            lambda leaf, axes: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=self._some.sharding(leaf.shape, *axes)),
+            shapes, caches.cache_axes(shapes),
+            is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct))
 
     def _abstract(self, leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharding)

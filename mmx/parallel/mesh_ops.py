@@ -10,9 +10,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmx.errors import UserError
-from mmx.parallel import lasp, ring
+from mmx.parallel import lasp, ring, rows
 from mmx.parallel.exchange import ROOM, all_to_all_experts
-from mmx.parallel.ops import NO_CHOICE, Ops, first_query, write_rows
+from mmx.parallel.ops import NO_CHOICE, Ops, first_query, pad_slots, write_rows
 from mmx.sharding.rules import Rules, axes_of, check_mesh, partition
 from pallas_kernels import attention, lightning_attention, partial_attention
 from pallas_kernels.grouped_matmul.stacked import Stacked
@@ -150,6 +150,40 @@ class MeshOps(Ops):
         in_specs = (q, new, new, (held, held), P(q[0]), P(q[0]))
         return self._island(run, in_specs, (q, (held, held)))(
             q_BTNH, k_BTKH, v_BTKH, cache, offsets_B, lengths_B)
+
+    def write_row(self, big, one, slot, tokens, *logical):
+        """Also where one row lies otherwise than many: see `mmx.parallel.rows`."""
+        axis = logical.index("batch")
+        owners = axes_of(self.rules, self.mesh, "batch", big.shape[axis])
+        time, holders = None, ()
+        if "cache_time" in logical:
+            time = logical.index("cache_time")
+            holders = axes_of(self.rules, self.mesh, "cache_time", one.shape[time])
+            if any(name not in holders for name in owners):
+                raise ValueError(f"{one.shape[time]} slots do not lie over the mesh; round them up "
+                                 f"to a multiple of {self.cache_pieces}.")
+        body = partial(rows.write, axis=axis, time=time, owners=owners, holders=holders)
+        lie = self.spec(big.shape, *logical)
+        return self._island(body, (lie, self.spec(one.shape, *logical), P(), P()), lie)(
+            big, one, slot, tokens)
+
+    def grow(self, x, capacity, *logical):
+        """Round-robin slots stay where they are: each device adds its own."""
+        axis, lie = logical.index("cache_time"), self.spec(x.shape, *logical)
+        pieces = math.prod(self.mesh.shape[name] for name in _names(lie[axis]))
+        if self.spec((*x.shape[:axis], capacity, *x.shape[axis + 1:]), *logical) != lie:
+            raise ValueError(f"{capacity} slots do not lie as {x.shape[axis]} do.")
+        return self._island(lambda x: pad_slots(x, capacity // pieces, axis), (lie,), lie)(x)
+
+    @property
+    def cache_pieces(self) -> int:
+        """Devices over which one row's keys lie; a cache's capacity is a multiple of it."""
+        return math.prod(self.mesh.shape.get(name, 1) for name in self.rules.cache_time)
+
+    def time_pieces(self, T: int) -> int:
+        """Devices over which the time of one row's chunk of T tokens lies."""
+        return math.prod(self.mesh.shape[name]
+                         for name in axes_of(self.rules, self.mesh, "time", T))
 
     def experts(self, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down,
                 inference: bool = False):

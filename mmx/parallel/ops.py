@@ -59,6 +59,18 @@ class Ops:
         out = attention(q_BTNH, k, v, offsets_B=first_B, implementation=self.names.get("softmax"))
         return out, cache
 
+    def write_row(self, big, one, slot, tokens, *logical: str | None):
+        """Row `slot` of a cache's leaf replaced by the only row of `one`, of the same capacity.
+
+        Of keys and values the first `tokens` are copied at least.
+        """
+        return jax.lax.dynamic_update_slice_in_dim(
+            big, one.astype(big.dtype), slot, logical.index("batch"))
+
+    def grow(self, x, capacity: int, *logical: str | None):
+        """Keys or values with empty slots behind theirs, `capacity` of them in all."""
+        return pad_slots(x, capacity, logical.index("cache_time"))
+
     def experts(self, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down,
                 inference: bool = False) -> jax.Array:
         """Applies `run(g_TD, weight_Tk, expert_Tk, gate_up, down)` to all tokens: [B, T, D].
@@ -68,6 +80,13 @@ class Ops:
         out_TD = run(*(x.reshape(-1, x.shape[-1]) for x in (g_BTD, weight_BTk, expert_BTk)),
                      gate_up, down)
         return out_TD.reshape(g_BTD.shape)
+
+
+def pad_slots(x, slots: int, axis: int) -> jax.Array:
+    """Returns `x` with zeros behind, `slots` along `axis`."""
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (0, slots - x.shape[axis])
+    return jnp.pad(x, pads)
 
 
 def first_query(q_BTNH, k_BTKH, offsets_B, lengths_B) -> jax.Array:

@@ -241,6 +241,18 @@ def _from_cluster(timeout_s: float) -> Place | None:
     return Place(address, processes, process, None if devices is None else tuple(devices))
 
 
+def started_processes() -> int:
+    """How many processes of this command a launcher has started, by what it set; asks nobody.
+
+    A host of a TPU slice may run a command by itself, so its mere place there says nothing.
+    """
+    place, env = _from_variables(), os.environ
+    if place is not None:
+        return place.processes
+    counts = (env.get("SLURM_STEP_NUM_TASKS", "1"), env.get("OMPI_COMM_WORLD_SIZE", "1"))
+    return max(int(text) if text.isdecimal() else 1 for text in counts)
+
+
 def _hints_at_cluster() -> bool:
     env = os.environ
     if env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")) != "1":

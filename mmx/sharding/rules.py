@@ -35,16 +35,20 @@ class Rules:
     cache_time: Axes = ()
 
 
+# Keys lie over whatever axes their rows do not, so that those of one row are nowhere whole. The
+# axes of rows come first, the slowest: then a row's shares on them interleave to what a device of
+# the others holds once rows lie over them (`mmx.parallel.rows`).
+_KEYS = ("slice", "data", "expert", "sequence")
 # Decoding moves weights, so they lie as thin as they can and the few activations travel: states
 # and caches by batch over the expert axis too, the width of attention's products over it.
 DECODE = Rules(embed=("expert",), batch=("slice", "data", "expert"), rows=("slice", "data"),
-               hidden=("expert",), cache_time=("sequence",))
+               hidden=("expert",), cache_time=_KEYS)
 # Many tokens: attention's weights are gathered where they are used.
 PREFILL = Rules(embed=("expert",), batch=("slice", "data", "expert"),
-                rows=("slice", "data", "expert"), time=("sequence",), cache_time=("sequence",))
-# One or few sequences too long for a device: their time is shared out.
+                rows=("slice", "data", "expert"), time=("sequence",), cache_time=_KEYS)
+# Fewer sequences than devices: time is shared out, over the axes of rows too where they are free.
 LONG = Rules(embed=("expert",), batch=("slice", "data"), rows=("slice", "data"),
-             time=("sequence", "expert"), cache_time=("sequence", "expert"))
+             time=("sequence", "expert", "data", "slice"), cache_time=_KEYS)
 # Parameters and optimiser state lie over all devices.
 TRAIN = Rules(embed=("data", "sequence", "expert"), batch=("slice", "data", "expert"),
               rows=("slice", "data", "expert"), time=("sequence",))

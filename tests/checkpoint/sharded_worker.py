@@ -44,6 +44,27 @@ def same_shards(array, whole) -> bool:
                for shard in array.addressable_shards)
 
 
+def bytes_read() -> int:
+    """Bytes that this process has asked the kernel to read."""
+    with open("/proc/self/io") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("rchar:"))
+
+
+def orbax_reads(mesh, shared) -> dict[str, float]:
+    """What restoring an array of 8 MiB reads of it: half of its rows each, and all of it."""
+    whole = np.random.default_rng(0).standard_normal((2048, 1024)).astype(np.float32)
+    spread = NamedSharding(mesh, PartitionSpec("p", "d"))
+    orbax_io.save(f"{shared}/rows", {"x": jax.device_put(whole, spread)})
+    found = {}
+    for name, spec in {"own": PartitionSpec("p", "d"), "all": PartitionSpec()}.items():
+        wanted = jax.ShapeDtypeStruct(whole.shape, whole.dtype, sharding=NamedSharding(mesh, spec))
+        before = bytes_read()
+        tree, _ = orbax_io.restore(f"{shared}/rows", {"x": wanted})
+        found[name] = (bytes_read() - before) / whole.nbytes
+        assert same_shards(tree["x"], whole)
+    return found
+
+
 def main(index: int, port: str, checkpoint: str, shared: str):
     jax.distributed.initialize(f"localhost:{port}", 2, index)
     hf_files._PAGE = 0  # in tensors this small everything lies within a page of everything
@@ -79,6 +100,7 @@ def main(index: int, port: str, checkpoint: str, shared: str):
                                           strict=True)),
         "tree": jax.tree.structure(dict(back)) == jax.tree.structure(
             abstract_params(config, "float32", "int8"))}
+    report["orbax bytes"] = orbax_reads(mesh, shared)
     save_hf(f"{shared}/hf", config, params, "transformers", "float32")
     with HfSource(config, f"{shared}/hf") as source:
         found = import_params(source, dtype="float32", quantize="int8", shardings=local)

@@ -71,3 +71,14 @@ def test_orbax_and_export_from_two_processes(reports):
     for report in outputs:
         assert report["orbax"] == {"same": True, "tree": True}
         assert report["export"] == {"same": True}
+
+
+@pytest.mark.multidevice
+def test_orbax_reads_a_processs_own_bytes(reports):
+    """Of 8 MiB half each, besides orbax's own notes; all of it where every device wants it whole.
+
+    Then one process may read and send to the other.
+    """
+    _, outputs = reports
+    assert all(0.5 <= report["orbax bytes"]["own"] < 0.55 for report in outputs), outputs
+    assert max(report["orbax bytes"]["all"] for report in outputs) >= 1.0

@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import io
 import json
 import shutil
@@ -10,6 +11,7 @@ import pytest
 from mmx.cli.main import main
 from mmx.config import ModelConfig
 from mmx.model import forward
+from mmx.obs.progress import Progress
 from tests import tiny
 
 TOOLS = [{"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}]
@@ -50,6 +52,15 @@ def test_ids_are_the_models_own_greedy_choice(checkpoint, greedy):
     ids = [*b"Once upon", *greedy["ids"]]
     logits_BTV, _ = forward(config, params, np.array([ids], np.int32))
     assert np.argmax(logits_BTV[0, 8:-1], -1).tolist() == greedy["ids"]
+
+
+def test_a_prompt_of_many_chunks_is_told_as_it_is_read(mmx, checkpoint, monkeypatch):
+    monkeypatch.setattr("mmx.cli.session.Progress", functools.partial(Progress, every_s=0))
+    code, out, err = run(mmx, checkpoint, "--prefill_chunk=16", "--prompt=" + "a" * 100)
+    assert code == 0 and out
+    told = [line for line in err.splitlines() if line.startswith("prompt: ")]
+    assert [line.split(" tokens ")[0] for line in told] == [
+        f"prompt: {16 * n} of 100" for n in range(1, 6)]
 
 
 def test_json_report(greedy):

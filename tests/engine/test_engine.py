@@ -241,7 +241,7 @@ def test_a_prompt_that_cannot_run_is_refused_in_a_sentence(engine_of, name):
 
 
 def test_a_prompt_beyond_memory_states_need_and_way_out(tiny, monkeypatch):
-    monkeypatch.setattr(engine_module.memory, "available_bytes", lambda: 10_000_000)
+    monkeypatch.setattr(engine_module.memory, "available_bytes", lambda devices: 10_000_000)
     engine = Engine(*tiny, slots=4)
     engine.check(Request("fits", prompt(500), SamplingParams()))
     with pytest.raises(UserError) as error:

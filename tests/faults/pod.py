@@ -13,19 +13,21 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 class LocalPod:
-    """`mmx ARGV…` in `processes` processes; its log goes to a file."""
+    """`mmx ARGV…` in `processes` processes, all with the file `stdin`; its log goes to a file."""
 
-    def __init__(self, processes: int, argv, log: Path, devices: int = 1):
+    def __init__(self, processes: int, argv, log: Path, devices: int = 1,
+                 stdin: Path | None = None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.log = log
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        with open(log, "w") as file:
+        with open(log, "w") as file, open(stdin or os.devnull) as given:
             self.process = subprocess.Popen(
                 ["bash", str(ROOT / "launch" / "local_pod.sh"), str(processes),
                  f"--devices={devices}", f"--port={self.port}", "--", sys.executable, "-m", "mmx",
-                 *map(str, argv)], cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
+                 *map(str, argv)], cwd=ROOT, env=env, stdin=given, stdout=file,
+                stderr=subprocess.STDOUT)
 
     def said(self) -> str:
         return self.log.read_text()

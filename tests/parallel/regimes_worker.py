@@ -1,16 +1,26 @@
-"""Compares the model over eight simulated devices with the model on one; prints JSON."""
+"""Compares the model over eight simulated devices with the model on one; prints JSON.
+
+As one of several processes (launch/local_pod.sh) it compares over the devices of all.
+"""
 
 import json
 import os
 import sys
 from functools import partial
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
+from mmx.sharding import distributed
+
+if "MMX_PROCESSES" in os.environ:
+    POD = distributed.start("on", silence_s=120)
+else:
+    POD = distributed.Pod()
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from mmx import cache as caches
 from mmx import model, quant
@@ -31,10 +41,18 @@ CHUNKS = (8, 8, 1, 1)
 CAPACITY = 32
 
 
+def host(array) -> np.ndarray:
+    """All of an array, wherever it lies."""
+    if getattr(array, "is_fully_addressable", True):
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
 def serve(params, batch: int, ops=None):
     """Logits of every valid token and the last states, through chunks of uneven rows."""
     kv_heads = ops and ops.cache_kv_heads(CONFIG.num_kv_heads)
-    cache = caches.init_cache(CONFIG, batch, CAPACITY, "float32", kv_heads)
+    cache = jax.tree.map(
+        np.asarray, caches.init_cache(CONFIG, batch, CAPACITY, "float32", kv_heads))
     step = jax.jit(partial(model.step, CONFIG, logits="all", ops=ops), donate_argnums=(1,))
     random, logits = np.random.default_rng(1), []
     for T in CHUNKS:
@@ -43,8 +61,9 @@ def serve(params, batch: int, ops=None):
         if T > 1:
             lengths[0] = T - 3
         out, cache = step(params, cache, ids, lengths)
-        logits += [np.asarray(out)[row, :length] for row, length in enumerate(lengths)]
-    states = [np.asarray(memory["state"]) for stack in cache.stacks for memory in stack
+        out = host(out)
+        logits += [out[row, :length] for row, length in enumerate(lengths)]
+    states = [host(memory["state"]) for stack in cache.stacks for memory in stack
               if "state" in memory]
     return logits + states
 
@@ -62,7 +81,7 @@ def train(params, ops=None):
         return -jnp.mean(picked) + 0.01 * model.load_balance(aux)
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
-    return [np.asarray(value)[None], *(np.asarray(grads[path]) for path in sorted(grads))]
+    return [host(value)[None], *(host(grads[path]) for path in sorted(grads))]
 
 
 def place(params, mesh, rules):
@@ -73,7 +92,7 @@ def place(params, mesh, rules):
         if isinstance(leaf, QuantizedTensor):
             scale = scale_sharding_of(sharding, leaf.shape, quant.contracted_axes(path))
             sharding = QuantizedTensor(sharding, scale)
-        return jax.device_put(leaf, sharding)
+        return jax.device_put(jax.tree.map(np.asarray, leaf), sharding)
 
     return {path: put(path, leaf) for path, leaf in params.items()}
 
@@ -102,7 +121,7 @@ def skewed():
 def main(cases):
     cudnn_stand_in.install(cudnn)
     int8 = quant.quantize_params(PARAMS)
-    references, report = {}, {"skewed": skewed()}
+    references, report = {}, {"skewed": skewed()} if POD.count == 1 else {}
     for case in cases:
         text, regime, *rest = case.split("/")
         batch, given = int(rest[0]), int8 if "int8" in rest else PARAMS
@@ -116,7 +135,10 @@ def main(cases):
         got = train(params, ops) if key[0] else serve(params, batch, ops)
         assert all(a.shape == b.shape for a, b in zip(got, references[key], strict=True))
         report[case] = max(peak_ratio(a, b) for a, b in zip(got, references[key], strict=True))
-    print(json.dumps(report))
+    if POD.is_main:
+        # A line of its own: the wire's libraries write to stdout, too.
+        print("\n" + json.dumps(report), flush=True)
+    POD.finish()
 
 
 if __name__ == "__main__":

@@ -21,10 +21,37 @@ CASES = (
     "tensor=4/decode/4", "expert=4,tensor=2/decode/4", "expert=2,tensor=2/decode/1",
     "sequence=2,expert=2,tensor=2/decode/2", "sequence=4/prefill/1",
     "data=2,sequence=2,tensor=2/prefill/4", "expert=4,tensor=2/long/1/int8/sequence=log",
-    "sequence=8/long/2/sequence=ring", "expert=2,tensor=4/prefill/4/dispatch=all_to_all",
+    "sequence=8/long/2/sequence=ring", "data=2,sequence=2,expert=2/long/1",
+    "expert=2,tensor=4/prefill/4/dispatch=all_to_all",
     "data=2,expert=4/prefill/8/dispatch=all_to_all", "data=2,expert=2,tensor=2/train/4",
     "slice=2,data=2,tensor=2/train/4", "sequence=4,tensor=2/train/4/context=gather",
 )
+
+# The same over real processes: PROCESSES x DEVICES of each.
+QUICK_PODS = {"2x2": ("sequence=2,tensor=2/train/4", "sequence=2,expert=2/long/1")}
+PODS = {
+    "2x1": ("sequence=2/long/2/sequence=ring", "sequence=2/train/4", "expert=2/decode/4",
+            "tensor=2/decode/2/int8", "data=2/prefill/4", "tensor=2/train/4", "expert=2/train/4"),
+    "2x2": ("expert=2,tensor=2/train/4", "data=2,expert=2/decode/4",
+            "sequence=2,tensor=2/prefill/2", "data=2,sequence=2/train/4/context=gather",
+            "expert=2,tensor=2/decode/1", "expert=2,tensor=2/prefill/4/int8"),
+    "4x1": ("sequence=2,tensor=2/train/4", "sequence=2,tensor=2/long/1/sequence=log",
+            "expert=2,tensor=2/prefill/4", "expert=4/prefill/4/dispatch=all_to_all",
+            "slice=2,data=2/train/4", "data=2,expert=2/train/4", "sequence=2,expert=2/decode/1",
+            "tensor=4/decode/4", "sequence=4/train/4"),
+}
+
+
+def measure_pod(pod: str, cases) -> dict[str, float]:
+    """As `measure`, in processes joined over loopback."""
+    processes, devices = pod.split("x")
+    done = subprocess.run(
+        ["bash", "launch/local_pod.sh", processes, f"--devices={devices}", "--", sys.executable,
+         "-m", "tests.parallel.regimes_worker", *cases],
+        capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(next(line for line in done.stdout.splitlines()
+                           if line.startswith("[0] {"))[4:])
 
 
 def measure(cases) -> dict[str, float]:
@@ -64,4 +91,21 @@ def test_any_mesh_shape_equals_one_device(axes, first, second, regime, rows):
 def test_every_mesh_equals_one_device():
     errors = measure(CASES)
     assert set(errors) == {"skewed", *CASES}
+    assert max(errors.values()) <= bound("tiny_logits"), errors
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("pod", QUICK_PODS)
+def test_processes_equal_one_device(pod):
+    errors = measure_pod(pod, QUICK_PODS[pod])
+    assert set(errors) == set(QUICK_PODS[pod])
+    assert max(errors.values()) <= bound("tiny_logits"), errors
+
+
+@pytest.mark.slow
+@pytest.mark.multidevice
+@pytest.mark.parametrize("pod", PODS)
+def test_every_regime_over_processes_equals_one_device(pod):
+    errors = measure_pod(pod, PODS[pod])
+    assert set(errors) == set(PODS[pod])
     assert max(errors.values()) <= bound("tiny_logits"), errors

@@ -124,6 +124,16 @@ def test_hints_at_a_cluster(alone, env, cluster):
     assert distributed._hints_at_cluster() == cluster
 
 
+@pytest.mark.parametrize("env, count", [
+    ({}, 1), ({"SLURM_STEP_NUM_TASKS": "4"}, 4), ({"OMPI_COMM_WORLD_SIZE": "2"}, 2),
+    ({"SLURM_NTASKS": "4"}, 1), ({"TPU_WORKER_HOSTNAMES": "a,b"}, 1),
+    (dict(MMX_COORDINATOR="a:1", MMX_PROCESSES="3", MMX_PROCESS_ID="0"), 3)])
+def test_what_a_launcher_started_is_told_apart_from_a_place_in_a_slice(alone, env, count):
+    for name, value in env.items():
+        alone.setenv(name, value)
+    assert distributed.started_processes() == count
+
+
 def test_processes_find_each_other_past_a_stranger(port):
     def stranger():
         for _ in range(100):
