@@ -10,11 +10,13 @@ import pytest
 
 from tests.tolerances import bound
 
-# MESH/REGIME/ROWS[/int8][/sequence=METHOD]; rows are of uneven length, tensor=4 has more devices
+# MESH/REGIME/ROWS[/int8][/NAME=CHOICE], and skewed/DISPATCH/GROUPS/TENSOR; rows are of uneven length, tensor=4 has more devices
 # than key/value heads, and a row alone cannot be split over the batch axes.
 QUICK = (
     "data=2,expert=2,tensor=2/decode/4/int8", "expert=2,tensor=4/prefill/4",
     "sequence=2,expert=2,tensor=2/long/1/dispatch=all_to_all", "data=2,sequence=2,expert=2/train/4",
+    "skewed/all_to_all/1/1", "skewed/ragged/2/2",
+    "data=2,expert=2,tensor=2/train/4/dispatch=ragged/groups=2/capacity=0.75",
 )
 CASES = (
     "tensor=4/decode/4", "expert=4,tensor=2/decode/4", "expert=2,tensor=2/decode/1",
@@ -22,6 +24,13 @@ CASES = (
     "data=2,sequence=2,tensor=2/prefill/4", "expert=4,tensor=2/long/1/int8/sequence=log",
     "sequence=8/long/2/sequence=ring", "expert=2,tensor=4/prefill/4/dispatch=all_to_all",
     "data=2,expert=4/prefill/8/dispatch=all_to_all", "data=2,expert=2,tensor=2/train/4",
+    *(f"skewed/{form}/{groups}/{tensor}" for form in ("all_to_all", "ragged")
+      for groups, tensor in ((1, 2), (3, 4))),
+    "sequence=2,expert=4/long/1/int8/dispatch=ragged/groups=2",
+    "expert=4,tensor=2/decode/4/dispatch=ragged", "data=4,sequence=2/train/4/capacity=0.5",
+    *(f"expert=4,tensor=2/train/4/capacity={factor}/dispatch={form}" for factor in (0, 0.5, 1, 1.5)
+      for form in ("sum", "all_to_all", "ragged")),
+    "sequence=2,expert=2,tensor=2/train/4/capacity=0.75/dispatch=all_to_all/groups=2",
     "slice=2,data=2,tensor=2/train/4", "sequence=4,tensor=2/train/4/context=gather",
 )
 
@@ -37,7 +46,7 @@ def measure(cases) -> dict[str, float]:
 @pytest.mark.multidevice
 def test_a_mesh_equals_one_device():
     errors = measure(QUICK)
-    assert set(errors) == {"skewed", *QUICK}
+    assert set(errors) == set(QUICK)
     assert max(errors.values()) <= bound("tiny_logits"), errors
 
 
@@ -62,5 +71,5 @@ def test_any_mesh_shape_equals_one_device(axes, first, second, regime, rows):
 @pytest.mark.multidevice
 def test_every_mesh_equals_one_device():
     errors = measure(CASES)
-    assert set(errors) == {"skewed", *CASES}
+    assert set(errors) == set(CASES)
     assert max(errors.values()) <= bound("tiny_logits"), errors
