@@ -9,18 +9,24 @@ Two forms. "ragged": rows sorted by expert, one exchange of their exact numbers
 rest. "all_to_all": each pair of devices has its own padded piece of the buffer, on any platform.
 
 Where experts are also split by width over other axes, whose devices hold the same tokens, each of
-these sends its part of them; what arrives is gathered over the width, and the experts' partial sums
-are scattered over it before they return (MiniMax-01, arXiv 2501.08313, section 3.1.1).
+these can send its part of them; what arrives is gathered over the width, and the experts' partial
+sums are scattered over it before they return (MiniMax-01, arXiv 2501.08313). Or all of them send
+all, and their sums are added up after the return.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Rows that a device, or a pair of them, has room for in a round, as a multiple of an even share.
+# Room of a pair of devices, and of a device, in a round, as a multiple of an even share: what all
+# send to one varies less than what one sends to another.
 ROOM = 2
+RAGGED_ROOM = 1.5
+# Rounds beyond the first are traced under this name: rare, so `mmx plan` does not count them.
+FURTHER = "further_rounds"
 
 
 class Wire(NamedTuple):
@@ -40,8 +46,8 @@ class Wire(NamedTuple):
 
 
 def exchange_experts(run: Callable, g_TD, weight_Tk, expert_Tk, local_experts: int, owners,
-                     everyone, *, width=(), form: str = "all_to_all", groups: int = 1,
-                     limit: int | None = None, inference: bool = True) -> jax.Array:
+                     everyone, *, width=(), split: bool = True, form: str = "all_to_all",
+                     groups: int = 1, limit: int | None = None, inference: bool = True) -> jax.Array:
     """Returns the weighted sum over each local token's experts, of g's dtype [T, D].
 
     Args:
@@ -50,6 +56,7 @@ def exchange_experts(run: Callable, g_TD, weight_Tk, expert_Tk, local_experts: i
       expert_Tk: global ids; beyond the last expert: of nobody, which adds nothing.
       owners: mesh axes over which experts lie, in order. width: those over which each expert's
         width lies; their devices are given the same tokens.
+      split: each device of `width` sends its part of the tokens, not all.
       everyone: all mesh axes, whose devices must agree on the number of rounds.
       form: "all_to_all" or "ragged".
       groups: parts of the tokens that are sent one by one: the first rounds of different groups do
@@ -57,7 +64,9 @@ def exchange_experts(run: Callable, g_TD, weight_Tk, expert_Tk, local_experts: i
       limit: rows that an owner is never asked for more of, over all devices, if known.
       inference: further rounds are a loop that cannot be differentiated.
     """
-    (T, D), k, P = g_TD.shape, expert_Tk.shape[1], jax.lax.axis_size(width) if width else 1
+    (T, D), k = g_TD.shape, expert_Tk.shape[1]
+    width, added = (width, ()) if split else ((), width)
+    P = jax.lax.axis_size(width) if width else 1
     nobody = local_experts * jax.lax.axis_size(owners)
     padding = -T % (P * groups)
     g, weight = (jnp.pad(x, ((0, padding), (0, 0))) for x in (g_TD, weight_Tk))
@@ -78,13 +87,14 @@ def exchange_experts(run: Callable, g_TD, weight_Tk, expert_Tk, local_experts: i
     most = max(wire.most for wire in wires)
     if most > 1:
         rounds = jax.lax.pmax(jnp.stack([wire.rounds for wire in wires]).max(), everyone)
-        outs = (_loop if inference else _scan)(one_round, outs, rounds, most)
+        with jax.named_scope(FURTHER):
+            outs = (_loop if inference else _scan)(one_round, outs, rounds, most)
     pairs = jnp.concatenate([wire.pairs(out) for wire, out in zip(wires, outs, strict=True)])
     out_TkD = pairs.reshape(-1, k, D).astype(jnp.float32)
     out_TD = jnp.sum(out_TkD * weight[..., None], axis=1).astype(g.dtype)
     if width:
         out_TD = jax.lax.all_gather(out_TD, width, axis=0, tiled=True)
-    return out_TD[:T]
+    return (jax.lax.psum(out_TD, added) if added else out_TD)[:T]
 
 
 def _across(run, x_WD, ids_W, local_experts: int, width):
@@ -157,7 +167,7 @@ def _ragged(g_TD, expert_Tk, local_experts: int, owners, limit) -> Wire:
     """Rows for an owner form one queue over all senders, of which it takes W in a round."""
     (T, D), R, M = g_TD.shape, jax.lax.axis_size(owners), expert_Tk.size
     bound = min(R * M, limit or R * M)
-    W = min(_eight(ROOM * M), _eight(bound))
+    W = min(_eight(math.ceil(RAGGED_ROOM * M)), _eight(bound))
     me, E = jax.lax.axis_index(owners), R * local_experts
     order_M = jnp.argsort(expert_Tk.reshape(M), stable=True)  # nobody's rows come last
     sorted_MD = g_TD[order_M // expert_Tk.shape[1]]

@@ -18,6 +18,8 @@ from pallas_kernels.quantized import QuantizedTensor
 METHODS = SUM, PADDED, RAGGED = "sum", "all_to_all", "ragged"
 # A group reads the weights of its experts anew: so many rows each hide that behind their products.
 GROUP_ROWS = 512
+# Of fewer rows on a device (a decode step's) the number of messages counts, not their bytes.
+MANY = 256
 
 
 def over_mesh(ops, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down, inference: bool,
@@ -60,14 +62,14 @@ def over_mesh(ops, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down, 
         out = exchange_experts(
             lambda *rows: run(*rows, gate_up, down), *flat, local_E, owners,
             tuple(ops.mesh.axis_names), width=width, form=method, limit=most,
-            groups=_groups(ops, local_pairs // local_E), inference=inference)
+            split=_split(ops, owners, local_pairs), groups=_groups(ops, local_pairs // local_E), inference=inference)
         return out.reshape(g.shape)
 
     entry = _entry(owners), _entry(width)
     weights = (_leaf_spec(gate_up, P(None, entry[0], None, entry[1])),
                _leaf_spec(down, P(entry[0], entry[1], None)))
-    method = _method(ops, bool(owners) and set(owners) <= set(spread), parts, k, inference,
-                     capacity)
+    method = _method(ops, bool(owners) and set(owners) <= set(spread), parts, k,
+                     local_pairs, not (inference or capacity))
     lie, island = (apart, body) if method == SUM else (tokens, exchanged)
     return ops._island(island, (lie, lie, lie, *weights), lie)(
         g_BTD, weight_BTk, expert_BTk, gate_up, down)
@@ -89,17 +91,41 @@ def within_capacity(ops, expert_BTk, valid_BT, num_experts: int, capacity: float
     return ops._island(body, (spec, P(*spec[:2]))[:len(given)], spec)(*given)
 
 
-def _method(ops, possible: bool, parts: int, k: int, inference: bool, capacity: float) -> str:
+def _method(ops, possible: bool, parts: int, k: int, pairs: int, trained: bool) -> str:
+    """The named way, or that of less traffic; `pairs` are those of a device's own tokens.
+
+    To sum, all of a group's tokens go to each of its devices and their sums go round in float32.
+    """
     method = ops.names.get("dispatch")
     if method is None:
-        # Rows that travel for a token: there and back, against all of the group's. Without
-        # capacity a device may have to train on every token of its group.
-        if not possible or parts <= ROOM * k or not (inference or capacity):
+        ragged = dispatch.platform() != "cpu"
+        if not possible or trained or parts <= ROOM * k and not (ragged and pairs >= MANY):
             return SUM
-        return PADDED if dispatch.platform() == "cpu" else RAGGED
+        return RAGGED if ragged else PADDED
     if method not in METHODS:
         raise ValueError(f"dispatch='{method}' is not one of {', '.join(map(repr, METHODS))}.")
     return method if possible else SUM
+
+
+def _split(ops, owners, pairs: int) -> bool:
+    """Whether each device of an expert's width sends its part of the tokens alone ("part").
+
+    Rows then travel once over the experts' axis, and are gathered over the width with the room that
+    is kept for more than an even share. That pays where the first is slow: between hosts, and on
+    a torus of TPUs along a side of 8 or more, which a row crosses a quarter of.
+    """
+    named = ops.names.get("rows")
+    if named is not None:
+        if named not in ("part", "all"):
+            raise ValueError(f"rows='{named}' is not one of 'part', 'all'.")
+        return named == "part"
+    if dispatch.platform() == "tpu":
+        far = _count(ops.mesh, owners) >= 8
+    else:
+        devices = ops.mesh.devices[tuple(
+            slice(None) if name in owners else 0 for name in ops.mesh.axis_names)]
+        far = len({device.process_index for device in devices.flat}) > 1
+    return far and pairs >= MANY
 
 
 def _router(ops) -> str:

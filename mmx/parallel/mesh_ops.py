@@ -23,8 +23,9 @@ class MeshOps(Ops):
       names: implementations as for `Ops`, and "sequence": how states travel between pieces of a
         sequence ("gather", "log", "ring"), "context": how keys do ("ring", "gather"), "dispatch":
         how tokens meet experts ("sum", "all_to_all", "ragged"; by traffic and platform if
-        absent), "groups": in how many parts they do, "router": whose capacity counts where
-        there is one ("global", "local").
+        absent), "groups": in how many parts they do, "rows": which of them a device sends where
+        others hold the same ("all", "part"), "router": whose capacity counts where there is one
+        ("global", "local").
     """
 
     def __init__(self, mesh: Mesh, rules: Rules, names: Mapping[str, str] = NO_CHOICE):
