@@ -5,6 +5,7 @@ TOKENS are those of one device; `train` among the choices adds the gradients, `c
 capacity.
 """
 
+import collections
 import json
 import re
 import sys
@@ -20,15 +21,15 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from mmx.nn import experts  # noqa: E402
 from mmx.parallel.mesh_ops import MeshOps  # noqa: E402
-from mmx.plan import hlo, roofline  # noqa: E402
+from mmx.plan import hlo, hlo_text, roofline  # noqa: E402
 from mmx.plan.pods import parse_pod  # noqa: E402
 from mmx.sharding.rules import PREFILL  # noqa: E402
 from pallas_kernels import dispatch  # noqa: E402
 
 D, F, E, K = 6144, 9216, 32, 2
-# What a program's lines that multiply the experts' matrices carry.
-PRODUCT = re.compile(r"custom-call\(|convolution\(|kind=kOutput")
-SENDS = ("all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter")
+# As launch/env.sh sets them.
+OPTIONS = {"xla_tpu_enable_async_all_to_all": "true",
+           "xla_tpu_enable_async_ragged_all_to_all": "true"}
 
 
 def compiled(pod, mesh, tokens, names):
@@ -60,7 +61,29 @@ def compiled(pod, mesh, tokens, names):
     platform = "gpu" if pod.chip.platform == "cuda" else "tpu"
     with dispatch.compiling_for(platform), \
             jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(trained_run if trained else run).lower(*arguments).compile()
+        lowered = jax.jit(trained_run if trained else run).lower(*arguments)
+        return lowered.compile(compiler_options=OPTIONS if platform == "tpu" else None)
+
+
+def flights(text):
+    """[bytes, experts' products between its start and its end] of each exchange of tokens."""
+    module = hlo_text.parse(text)
+    entry, found = module.computations[module.entry], []
+    lines = [*entry.lines]  # in the order of their schedule
+    products = [n for n, line in enumerate(lines) if line.op == "custom-call"
+                and re.match("grouped_(swiglu|matmul)", line.name)]
+    for n, line in enumerate(lines):
+        if not re.fullmatch("(ragged-)?all-to-all(-start)?", line.op):
+            continue
+        sizes = [sum(leaf.bytes for leaf in leaves) for leaves in entry.operand_leaves(line)[:2]]
+        if "ragged" not in line.op:
+            sizes = sizes[:1]
+        if min(sizes) < 1 << 20:
+            continue
+        users = {user.name for user, _ in entry.users.get(line.name, ()) if "done" in user.op}
+        done = next((m for m, user in enumerate(lines) if user.name in users), n)
+        found.append([min(sizes), sum(n < product < done for product in products)])
+    return found
 
 
 def main():
@@ -76,15 +99,12 @@ def main():
         found = hlo.collectives(text, mesh)
         estimate = roofline.estimate(hlo.dots_by_type(text), hlo.bytes_accessed(text), found,
                                      pod.chip, mesh)
-        report[argument] = {
-            "sent": {f"{one.kind} {'+'.join(one.axes)}": 0 for one in found},
-            "network_s": estimate.network_s, "compute_s": estimate.compute_s,
-            "memory_s": estimate.memory_s,
-            "temp_bytes": program.memory_analysis().temp_size_in_bytes}
+        sent = collections.Counter()
         for one in found:
-            report[argument]["sent"][f"{one.kind} {'+'.join(one.axes)}"] += one.sent * one.count
-        if "dump" in sys.argv[0]:
-            pass
+            sent[f"{one.kind} {'+'.join(one.axes)}"] += one.sent * one.count
+        report[argument] = {
+            "sent": sent, "network_s": estimate.network_s, "flights": flights(text),
+            "temp_bytes": program.memory_analysis().temp_size_in_bytes}
     print(json.dumps(report))
 
 
