@@ -34,10 +34,12 @@ class Aux(NamedTuple):
 
     expert_fraction_LE: share of valid tokens that chose each expert (sums to k).
     router_probability_LE: mean router probability (sums to 1).
+    dropped_L: share of (token, choice) pairs beyond the experts' capacity.
     """
 
     expert_fraction_LE: jax.Array
     router_probability_LE: jax.Array
+    dropped_L: jax.Array
 
 
 class MiniMaxText01(nnx.Module):
@@ -145,6 +147,7 @@ def forward(
     dtype=None,
     remat: bool = False,
     hidden: bool = False,
+    moe_capacity: float = 0.0,
     implementations: Mapping[str, str] = NO_CHOICE,
     ops: Ops | None = None,
 ) -> tuple[jax.Array, Aux]:
@@ -157,6 +160,8 @@ def forward(
       dtype: dtype of activations; the parameters' own if None.
       remat: recompute blocks in the backward pass instead of storing their activations.
       hidden: return the normed hidden states [B, T, D] instead of logits, for a chunked loss.
+      moe_capacity: each expert takes at most ceil(moe_capacity · k · tokens / E) of the batch's
+        (token, choice) pairs, in the batch's order; the rest add nothing. 0: all.
       implementations: names for "lightning", "softmax", "moe"; automatic where absent.
       ops: where the arrays lie (`mmx.parallel.MeshOps`), with its own names; one device if None.
 
@@ -172,7 +177,8 @@ def forward(
         first_BT = jax.lax.cummax(jnp.where(starts_BT, time_T, 0), axis=1)
         position_BT = position_BT - first_BT
     valid_BT = None if lengths_B is None else time_T < lengths_B[:, None]
-    tokens = Tokens(position_BT, starts_BT, samples_BT, lengths_B, valid_BT, None)
+    tokens = Tokens(position_BT, starts_BT, samples_BT, lengths_B, valid_BT, None,
+                    capacity=moe_capacity)
     ops = ops or Ops(implementations)
     x, _, aux = _run(config, params, ids_BT, tokens, None, dtype, remat, ops)
     return (x if hidden else logits_of(config, params, x)), aux
@@ -271,7 +277,8 @@ def _run(config, params, ids_BT, tokens, memories, dtype, remat, ops: Ops):
     x = RMSNorm((config.hidden_size,), ("embed",), config.norm_eps, _lookup(params, "norm"))(x)
     stats = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stats)
     tokens_L1 = jnp.maximum(stats.tokens, 1)[:, None]
-    aux = Aux(stats.chosen_E / tokens_L1, stats.probability_E / tokens_L1)
+    pairs_L = config.experts_per_token * tokens_L1[:, 0]
+    aux = Aux(stats.chosen_E / tokens_L1, stats.probability_E / tokens_L1, stats.dropped / pairs_L)
     return x, None if memories is None else tuple(new_memories), aux
 
 

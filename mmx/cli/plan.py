@@ -33,6 +33,8 @@ class PlanSettings:
                          choices=("bfloat16", "float32"))
     kv_dtype: str = setting("bfloat16", "Number format of cached keys and values.",
                             choices=("bfloat16", "float32", "float8_e4m3fn"))
+    moe_capacity: float = setting(0.0, "An expert takes at most this multiple of its equal share "
+                                  "of a training batch's tokens; 0: all.", low=0)
     mesh: str | None = setting(None, "Lay the devices out so, for example expert=4,tensor=8.",
                                value="AXIS=SIZE,…")
     meshes: int = setting(1, "Compile this many of the likeliest meshes and rank them.", low=1,
@@ -64,7 +66,7 @@ def run(call) -> int:
     pod = parse_pod(settings.pod)
     batch = settings.batch or {"long": 1, "train": 64}.get(settings.mode, 32)
     job = Job(config, settings.mode, batch, settings.context, settings.chunk, settings.dtype,
-              settings.quantize, settings.kv_dtype)
+              settings.quantize, settings.kv_dtype, settings.moe_capacity)
     if settings.mesh:
         chosen = [meshes.share(job, topology.check_axes(pod, parse_axes(settings.mesh)))]
     else:

@@ -50,6 +50,9 @@ class Settings(HostSettings):
                           group="Optimiser")
     z_coef: float = _of("z_coef", "Weight of the squared log-normaliser.", group="Optimiser",
                         low=0)
+    moe_capacity: float = _of(
+        "moe_capacity", "An expert takes at most this multiple of its equal share of a "
+        "micro-batch's tokens; 0: all.", group="Optimiser", low=0)
     seed: int = _of("seed", "Seed of weights and data order.", group="Optimiser", low=0)
     run: str = _of("run", "Folder of checkpoints, metrics and export; resumes what it holds.")
     log_every: int = _of("log_every", "Steps between reports.", low=1)

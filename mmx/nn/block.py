@@ -51,6 +51,6 @@ class Block(nnx.Module):
         x_BTD = ops.constrain(x_BTD, "batch", "time", None)
         g = self.mlp_norm(x_BTD)
         inference = tokens.offsets_B is not None
-        out, stats = self.moe(g, valid_BT, ops, inference)
+        out, stats = self.moe(g, valid_BT, ops, inference, tokens.capacity)
         alpha, beta = self.mlp_factors
         return alpha * (g if self.postnorm else x_BTD) + beta * out, memory, stats

@@ -13,6 +13,7 @@ class Tokens(NamedTuple):
     numbers of packed samples, or None. lengths_B: int32 valid tokens per row, or None. offsets_B:
     int32 tokens already cached per row, or None without a cache. last_only: the layer's output is
     wanted at each row's last token alone (of a cache's last layer), its memory at all of them.
+    capacity: factor of an expert's equal share of tokens that it takes at most; 0: all.
     """
 
     position_BT: jax.Array
@@ -22,6 +23,7 @@ class Tokens(NamedTuple):
     valid_BT: jax.Array | None
     offsets_B: jax.Array | None
     last_only: bool = False
+    capacity: float = 0.0
 
 
 def last_token(x_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:

@@ -10,13 +10,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmx.errors import UserError
-from mmx.parallel import lasp, ring, rows
-from mmx.parallel.exchange import ROOM, all_to_all_experts
+from mmx.parallel import experts, lasp, ring, rows
 from mmx.parallel.ops import NO_CHOICE, Ops, first_query, pad_slots, write_rows
 from mmx.sharding.rules import Rules, axes_of, check_mesh, partition
 from pallas_kernels import attention, lightning_attention, partial_attention
-from pallas_kernels.grouped_matmul.stacked import Stacked
-from pallas_kernels.quantized import QuantizedTensor
 
 
 class MeshOps(Ops):
@@ -25,7 +22,10 @@ class MeshOps(Ops):
     Args:
       names: implementations as for `Ops`, and "sequence": how states travel between pieces of a
         sequence ("gather", "log", "ring"), "context": how keys do ("ring", "gather"), "dispatch":
-        how tokens meet experts ("sum", "all_to_all"; chosen by traffic if absent).
+        how tokens meet experts ("sum", "all_to_all", "ragged"; by traffic and platform if
+        absent), "groups": in how many parts they do, "rows": which of them a device sends where
+        others hold the same ("all", "part"), "router": whose capacity counts where there is one
+        ("global", "local").
     """
 
     def __init__(self, mesh: Mesh, rules: Rules, names: Mapping[str, str] = NO_CHOICE):
@@ -170,7 +170,7 @@ class MeshOps(Ops):
     def grow(self, x, capacity, *logical):
         """Round-robin slots stay where they are: each device adds its own."""
         axis, lie = logical.index("cache_time"), self.spec(x.shape, *logical)
-        pieces = math.prod(self.mesh.shape[name] for name in _names(lie[axis]))
+        pieces = math.prod(self.mesh.shape[name] for name in experts.names_of(lie[axis]))
         if self.spec((*x.shape[:axis], capacity, *x.shape[axis + 1:]), *logical) != lie:
             raise ValueError(f"{capacity} slots do not lie as {x.shape[axis]} do.")
         return self._island(lambda x: pad_slots(x, capacity // pieces, axis), (lie,), lie)(x)
@@ -186,58 +186,12 @@ class MeshOps(Ops):
                          for name in axes_of(self.rules, self.mesh, "time", T))
 
     def experts(self, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down,
-                inference: bool = False):
-        """By "sum" every device of the expert axis sees its group's tokens and adds its experts'
-        part; by "all_to_all" tokens that lie over that axis are sent to their experts and back.
+                inference: bool = False, capacity: float = 0.0):
+        return experts.over_mesh(self, run, g_BTD, weight_BTk, expert_BTk, gate_up, down,
+                                 inference, capacity)
 
-        The expert ids that `run` is given count from the device's first; ids outside are others'.
-        "all_to_all" cannot be differentiated.
-        """
-        E = down.shape[0]
-        owners = axes_of(self.rules, self.mesh, "expert", E)
-        width = axes_of(self.rules, self.mesh, "mlp", down.shape[1], owners)
-        # Tokens are whole along the axes over which experts lie.
-        shared = (*owners, *width)
-        tokens = self.spec(g_BTD.shape, "batch", "time", None)
-        apart = P(*(_without(entry, shared) for entry in tokens))
-        local_E = E // math.prod(self.mesh.shape[name] for name in owners)
-
-        def body(g, weight, expert, gate_up, down):
-            if owners:
-                expert = expert - jax.lax.axis_index(owners) * local_E
-                mine = (expert >= 0) & (expert < local_E)
-                # An id of nobody's sorts behind all groups and selects no row.
-                weight, expert = jnp.where(mine, weight, 0.0), jnp.where(mine, expert, local_E)
-            out = Ops.experts(self, run, g, weight, expert, gate_up, down)
-            return jax.lax.psum(out, shared) if shared else out
-
-        def exchanged(g, weight, expert, gate_up, down):
-            flat = (x.reshape(-1, x.shape[-1]) for x in (g, weight, expert))
-            out = all_to_all_experts(
-                lambda *tokens: run(*tokens, gate_up, down), *flat, local_E, owners,
-                tuple(self.mesh.axis_names))
-            out = jax.lax.psum(out.astype(g.dtype), width) if width else out
-            return out.reshape(g.shape)
-
-        entry = _entry(owners), _entry(width)
-        weights = (_leaf_spec(gate_up, P(None, entry[0], None, entry[1])),
-                   _leaf_spec(down, P(entry[0], entry[1], None)))
-        spread = [name for part in tokens for name in _names(part)]
-        method = self._dispatch(owners, spread, expert_BTk.shape[-1], inference)
-        lie, island = (tokens, exchanged) if method == "all_to_all" else (apart, body)
-        return self._island(island, (lie, lie, lie, *weights), lie)(
-            g_BTD, weight_BTk, expert_BTk, gate_up, down)
-
-    def _dispatch(self, owners, spread, k: int, inference: bool) -> str:
-        possible = bool(owners) and all(name in spread for name in owners)
-        method = self.names.get("dispatch")
-        if method is None:
-            # Rows that travel for a token: there and back, against all of the group's.
-            parts = math.prod(self.mesh.shape[name] for name in owners)
-            return "all_to_all" if possible and inference and parts > ROOM * k else "sum"
-        if method not in ("sum", "all_to_all"):
-            raise ValueError(f"dispatch='{method}' is not one of 'sum', 'all_to_all'.")
-        return method if possible else "sum"
+    def within_capacity(self, expert_BTk, valid_BT, num_experts: int, capacity: float):
+        return experts.within_capacity(self, expert_BTk, valid_BT, num_experts, capacity)
 
 
 def merge(weighted, total, peak, axes, time=()) -> jax.Array:
@@ -266,29 +220,3 @@ def _own_piece(x_BT, time):
         return x_BT
     piece = x_BT.shape[1] // jax.lax.axis_size(time)
     return jax.lax.dynamic_slice_in_dim(x_BT, jax.lax.axis_index(time) * piece, piece, axis=1)
-
-
-def _entry(axes):
-    return axes if len(axes) > 1 else axes[0] if axes else None
-
-
-def _names(entry) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else entry
-
-
-def _without(entry, names):
-    return _entry(tuple(name for name in _names(entry) if name not in names))
-
-
-def _leaf_spec(leaf, spec: P):
-    """The spec of a plain leaf, of an int8 leaf's values and scale, or of such inside a stack.
-
-    A scale is whole along the axes where it is 1.
-    """
-    if isinstance(leaf, Stacked):
-        return Stacked(_leaf_spec(leaf.whole, P(None, *spec)), P())
-    if not isinstance(leaf, QuantizedTensor):
-        return spec
-    scale = P(*(None if size == 1 else entry
-                for size, entry in zip(leaf.scale.shape, spec, strict=True)))
-    return QuantizedTensor(spec, scale)

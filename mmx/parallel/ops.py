@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from mmx.parallel.capacity import within
 from pallas_kernels import attention, lightning_attention
 
 NO_CHOICE: Mapping[str, str] = {}
@@ -72,14 +73,23 @@ class Ops:
         return pad_slots(x, capacity, logical.index("cache_time"))
 
     def experts(self, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down,
-                inference: bool = False) -> jax.Array:
+                inference: bool = False, capacity: float = 0.0) -> jax.Array:
         """Applies `run(g_TD, weight_Tk, expert_Tk, gate_up, down)` to all tokens: [B, T, D].
 
-        `inference` allows what cannot be differentiated.
+        `inference` allows what cannot be differentiated. Ids beyond the last expert are nobody's;
+        with a `capacity` no expert has more pairs than `within_capacity` leaves it.
         """
         out_TD = run(*(x.reshape(-1, x.shape[-1]) for x in (g_BTD, weight_BTk, expert_BTk)),
                      gate_up, down)
         return out_TD.reshape(g_BTD.shape)
+
+    def within_capacity(self, expert_BTk, valid_BT, num_experts: int,
+                        capacity: float) -> jax.Array:
+        """Returns bool [B, T, k]: pairs that are among their expert's first, in batch order.
+
+        An expert takes ceil(capacity · k · valid tokens / num_experts).
+        """
+        return within(expert_BTk, valid_BT, num_experts, capacity)
 
 
 def pad_slots(x, slots: int, axis: int) -> jax.Array:

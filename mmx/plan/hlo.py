@@ -2,7 +2,8 @@
 
 Bodies of loops are counted as often as they run, nested ones too; of a conditional's branches the
 heaviest counts. A loop whose bounds depend on data counts as often as pieces of what it cuts up
-fit (see `open_loops`): for a loop over the blocks of a cache, as if the cache were full.
+fit (see `open_loops`): for a loop over the blocks of a cache, as if the cache were full. Rounds in
+which what found no room is sent to experts count as not running.
 """
 
 import collections
@@ -27,9 +28,9 @@ class Collective:
     `axes` are those mesh axes along which the devices of a group differ, in the mesh's order;
     `group` is the number of devices in a group (less than the axes' product where an axis is cut).
     `bytes` is the whole array on one device in one execution: the result of an all-gather, the
-    operand of the others (a ragged all-to-all's is its buffer: an upper bound). `count` is how
-    often it runs in one run of the program. `shift` is the farthest distance of a permute along
-    its axis, the short way round.
+    operand of the others (of a ragged all-to-all the smaller of its two buffers, an upper bound).
+    `count` is how often it runs in one run of the program. `shift` is the farthest distance of a
+    permute along its axis, the short way round.
     """
 
     kind: str
@@ -97,7 +98,7 @@ def _collective(kind: str, place: Computation, line: Instruction,
     spread = (places != places[:, :1]).any((0, 1))
     axes = tuple(name for name, differs in zip(shape, spread, strict=True) if differs)
     sizes = [sum(leaf.bytes for leaf in leaves) for leaves in place.operand_leaves(line)]
-    size = sizes[0] if kind == "ragged-all-to-all" else sum(sizes)
+    size = min(sizes[:2]) if kind == "ragged-all-to-all" else sum(sizes)
     if kind == "collective-permute":
         extent = np.array(list(shape.values()))
         away = np.abs(places[:, 0] - places[:, 1])
@@ -237,6 +238,8 @@ def _total(module: Module, own: Callable[[Computation, Instruction], collections
             for line in place.lines:
                 total.update(own(place, line))
                 if not line.called or (line.op == "fusion" and not fused):
+                    continue
+                if line.op in ("while", "conditional") and hlo_text.RARE in line.source:
                     continue
                 inner = max((of(called) for called in line.called), key=weight)
                 times = 1

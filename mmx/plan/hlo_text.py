@@ -13,6 +13,8 @@ _COMPUTATION = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*\(.*\{\s*$")
 # What a kernel says of itself stands on lines of its own, the last of which begins with a brace.
 _KERNEL_COST = re.compile(r"kernel_cost_flops_(\d+)_bytes_(\d+)")
 _KERNEL_NOTES = re.compile(r"kernel_metadata=\{\n[^\n]*\n\}")
+# The name of `mmx.parallel.exchange.FURTHER`, spelled out: this file is read without jax.
+RARE = "further_rounds"
 _INSTRUCTION = re.compile(r"^\s+(ROOT\s+)?%?([\w.\-]+)\s*=\s*(.*)$")
 
 
@@ -248,8 +250,11 @@ def trips(module: Module, place: Computation, loop: Instruction) -> int:
     """`trip_count`, and where the data decide it the most that it can sensibly be.
 
     That is as many pieces as fit into the longest side that its body cuts into pieces (all blocks
-    of a cache, say), and 1 where it cuts none.
+    of a cache, say), and 1 where it cuts none. What is traced under the name `RARE` counts as not
+    running.
     """
+    if RARE in loop.source:
+        return 0
     known = trip_count(module, place, loop)
     if known is not None:
         return known

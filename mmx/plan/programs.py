@@ -34,6 +34,7 @@ class Job:
         shared out), "train" (one step over `batch` rows of `context` tokens).
       context: tokens that each sequence can hold.
       quantize: "int8" or None. kv_dtype: of cached keys and values.
+      moe_capacity: of the experts in training, as in `TrainConfig`.
     """
 
     config: ModelConfig
@@ -44,6 +45,7 @@ class Job:
     dtype: str = "bfloat16"
     quantize: str | None = None
     kv_dtype: str = "bfloat16"
+    moe_capacity: float = 0.0
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -187,7 +189,7 @@ def _train(job: Job, ops: MeshOps, params):
         raise UserError("Training does not use int8 weights.", "Parameters are float32.",
                         "Leave out --quantize.")
     optimizer = make_optimizer(OptimizerConfig())
-    how = StepConfig(dtype=job.dtype, remat=True)
+    how = StepConfig(dtype=job.dtype, remat=True, moe_capacity=job.moe_capacity)
     whole = NamedSharding(ops.mesh, P())
 
     def like_params(tree):

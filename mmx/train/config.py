@@ -87,8 +87,9 @@ class TrainConfig:
 
     model: a preset or a directory with a config.json. tokenizer: a directory. run: folder of
     checkpoints, metrics and export. cache: token cache (empty: inside the run). aux_coef: below 0
-    takes the model's router_aux_loss_coef. max_minutes: stop and save before that much wall time
-    is used up (0: no limit). workers: processes that prepare batches (-1: by core count).
+    takes the model's router_aux_loss_coef. moe_capacity: an expert takes at most this multiple of
+    its equal share of a micro-batch's tokens (0: all). max_minutes: stop and save before that much
+    wall time is used up (0: no limit). workers: processes that prepare batches (-1: by core count).
     export: write the HF layout at the "end", at every "stop", or "never".
     """
 
@@ -108,6 +109,7 @@ class TrainConfig:
     remat: bool = False
     aux_coef: float = -1.0
     z_coef: float = 0.0
+    moe_capacity: float = 0.0
     seed: int = 0
     workers: int = -1
     log_every: int = 10
@@ -124,7 +126,8 @@ class TrainConfig:
             *((name, getattr(self, name) >= 1, "at least 1")
               for name in ("steps", "batch", "accumulate", "log_every", "keep")),
             *((name, getattr(self, name) >= 0, "at least 0")
-              for name in ("eval_every", "save_every", "max_minutes", "z_coef", "seed")),
+              for name in ("eval_every", "save_every", "max_minutes", "z_coef", "moe_capacity",
+                           "seed")),
             ("seq_len", self.seq_len >= 2, "at least 2"),
             ("dtype", self.dtype in DTYPES, " or ".join(DTYPES)),
             ("export", self.export in EXPORTS, ", ".join(EXPORTS)),

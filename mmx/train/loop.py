@@ -84,7 +84,7 @@ class _Run:
         aux_coef = (config.aux_coef if config.aux_coef >= 0
                     else model_config.router_aux_loss_coef)
         self.how = steps.StepConfig(config.dtype, config.accumulate, aux_coef, config.z_coef,
-                                    config.remat, len(config.sources))
+                                    config.remat, len(config.sources), config.moe_capacity)
         self.update = steps.make_train_step(model_config, config.optimizer, self.how)
         self.evaluate_batch = steps.make_eval_step(model_config, self.how)
         self.rate_at = learning_rate(config.optimizer, config.steps)

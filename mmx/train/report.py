@@ -45,8 +45,9 @@ class Meter:
         elapsed = max(time.monotonic() - self.began, 1e-9)
         rate = self.steps * self.tokens_per_step / elapsed
         out = {"step": step}
-        for name in ("loss", "grad_norm", "balance"):
-            out[name] = float(self.sums[name] / self.steps)
+        for name in ("loss", "grad_norm", "balance", "dropped"):
+            if name in self.sums:
+                out[name] = float(self.sums[name] / self.steps)
         out["lr"] = learning_rate
         out["tokens_per_second"] = rate
         if self.peak_flops:
@@ -111,6 +112,8 @@ class Reporter:
             rate = record["tokens_per_second"]
             parts += [f"grad {record['grad_norm']:.2f}", f"balance {record['balance']:.2f}",
                       f"lr {record['lr']:.2e}", f"{_count(rate)} tok/s"]
+            if "dropped" in record:
+                parts.append(f"dropped {100 * record['dropped']:.2f}%")
             if "mfu" in record:
                 parts.append(f"mfu {100 * record['mfu']:.1f}%")
             if "tokens_left" in record and rate:

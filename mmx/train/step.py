@@ -38,7 +38,8 @@ class StepConfig:
     dtype: activations (the parameters stay float32). accumulate: micro-batches per update.
     aux_coef: factor of the router load-balance loss. z_coef: factor of logsumexp², which keeps
     logits from drifting. remat: recompute blocks in the backward pass. num_sources: places in the
-    mixture that losses are reported for.
+    mixture that losses are reported for. moe_capacity: each expert takes at most this multiple of
+    its equal share of a micro-batch's tokens, over all devices; 0: no token is dropped.
     """
 
     dtype: str = "bfloat16"
@@ -47,6 +48,7 @@ class StepConfig:
     z_coef: float = 0.0
     remat: bool = False
     num_sources: int = 1
+    moe_capacity: float = 0.0
 
 
 def data_mesh(devices=None) -> Mesh:
@@ -73,13 +75,14 @@ def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
 
 def _loss(config: ModelConfig, how: StepConfig, params, batch: Batch,
           ops: Ops | None = None):
-    """Sums of one micro-batch and the layers' load balance."""
+    """Sums of one micro-batch, the layers' load balance, and their mean share of dropped pairs."""
     ids_BT, targets_BT = batch.tokens_BS[:, :-1], batch.tokens_BS[:, 1:]
     x_BTD, aux = model.forward(config, params, ids_BT, starts_BT=batch.starts_BT,
-                               dtype=how.dtype, remat=how.remat, hidden=True, ops=ops)
+                               dtype=how.dtype, remat=how.remat, hidden=True,
+                               moe_capacity=how.moe_capacity, ops=ops)
     loss = token_loss(partial(model.logits_of, config, params), x_BTD, targets_BT,
                       batch.weights_BT, config.vocab_size)
-    return loss, model.load_balance_by_layer(aux)
+    return loss, model.load_balance_by_layer(aux), jnp.mean(aux.dropped_L)
 
 
 def _by_source(num_sources: int, source_B, loss: TokenLoss):
@@ -99,12 +102,14 @@ def gradients(config: ModelConfig, how: StepConfig, params, batch: Batch,
     total_weight = jnp.maximum(jnp.sum(batch.weights_BT), 1e-9)
 
     def objective(params, micro: Batch):
-        loss, balance = _loss(config, how, params, micro, ops)
+        loss, balance, dropped = _loss(config, how, params, micro, ops)
         value = (jnp.sum(loss.nll_B) + how.z_coef * loss.z) / total_weight
         value = value + how.aux_coef * balance / how.accumulate
         metrics = {"loss": jnp.sum(loss.nll_B) / total_weight,
                    "balance": balance / how.accumulate,
                    **_by_source(how.num_sources, micro.source_B, loss)}
+        if how.moe_capacity:
+            metrics["dropped"] = dropped / how.accumulate
         return value, metrics
 
     grad = jax.grad(objective, has_aux=True)
@@ -130,7 +135,8 @@ def make_train_step(config: ModelConfig, rule: OptimizerConfig, how: StepConfig
     The state's buffers are reused.
 
     Metrics, float32 scalars unless said: loss (weighted mean nll in nats), balance, grad_norm
-    (before clipping), and per source [num_sources]: nll, targets, right (sums).
+    (before clipping), dropped (share of (token, choice) pairs, where there is a capacity), and per
+    source [num_sources]: nll, targets, right (sums).
     """
 
     optimizer = make_optimizer(rule)
@@ -148,10 +154,14 @@ def make_train_step(config: ModelConfig, rule: OptimizerConfig, how: StepConfig
 
 @functools.lru_cache(maxsize=8)
 def make_eval_step(config: ModelConfig, how: StepConfig) -> Callable[[Any, Batch], Mapping]:
-    """Returns the jitted (params, batch) -> sums over the batch: nll, targets, right."""
+    """Returns the jitted (params, batch) -> sums over the batch: nll, targets, right.
+
+    No token is dropped, as in inference.
+    """
+    how = dataclasses.replace(how, moe_capacity=0.0)
 
     def evaluate(params, batch: Batch):
-        loss, _ = _loss(config, how, params, batch)
+        loss = _loss(config, how, params, batch)[0]
         return {"nll": jnp.sum(loss.plain_B), "targets": jnp.sum(loss.targets_B),
                 "right": jnp.sum(loss.right_B)}
 

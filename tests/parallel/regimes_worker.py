@@ -26,7 +26,7 @@ from mmx import cache as caches
 from mmx import model, quant
 from mmx.checkpoint.hf_import import scale_sharding_of
 from mmx.config import LIGHTNING, SOFTMAX
-from mmx.parallel.exchange import all_to_all_experts
+from mmx.parallel.exchange import exchange_experts
 from mmx.parallel.mesh_ops import MeshOps
 from mmx.sharding.mesh import parse_mesh
 from mmx.sharding.rules import REGIMES, param_shardings
@@ -34,6 +34,7 @@ from pallas_kernels.attention import cudnn
 from pallas_kernels.quantized import QuantizedTensor
 from tests.engine.conftest import tiny_model
 from tests.pallas_kernels import cudnn_stand_in
+from tests.parallel import ragged
 from tests.tolerances import peak_ratio
 
 CONFIG, PARAMS = tiny_model((LIGHTNING, SOFTMAX))
@@ -68,20 +69,23 @@ def serve(params, batch: int, ops=None):
     return logits + states
 
 
-def train(params, ops=None):
-    """Loss and gradients over packed rows."""
+def train(params, capacity=0.0, ops=None):
+    """Loss, logits, dropped shares and gradients over packed rows."""
     random = np.random.default_rng(2)
     ids = random.integers(1, CONFIG.vocab_size, (4, 16)).astype(np.int32)
     starts = np.zeros((4, 16), bool)
     starts[:, 0] = starts[1, 5] = starts[1, 8] = starts[2, 15] = starts[3, 4] = True
 
     def loss(params):
-        logits, aux = model.forward(CONFIG, params, ids, starts_BT=starts, ops=ops)
+        logits, aux = model.forward(CONFIG, params, ids, starts_BT=starts, moe_capacity=capacity,
+                                    ops=ops)
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], axis=2)
-        return -jnp.mean(picked) + 0.01 * model.load_balance(aux)
+        value = -jnp.mean(picked) + 0.01 * model.load_balance(aux)
+        return value, (logits, aux.dropped_L)
 
-    value, grads = jax.jit(jax.value_and_grad(loss))(params)
-    return [host(value)[None], *(host(grads[path]) for path in sorted(grads))]
+    (value, more), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return [host(value)[None], *(host(x) for x in more),
+            *(host(grads[path]) for path in sorted(grads))]
 
 
 def place(params, mesh, rules):
@@ -97,42 +101,65 @@ def place(params, mesh, rules):
     return {path: put(path, leaf) for path, leaf in params.items()}
 
 
-def skewed():
-    """Tokens that nearly all want one device's experts: many rounds, none lost."""
-    mesh, E, T, D = parse_mesh("expert=8"), 16, 512, 4
+def skewed(form: str, rows: str, groups: int, tensor: int):
+    """Tokens that nearly all want one device's experts: many rounds, none lost, and gradients."""
+    mesh, E, T, D = parse_mesh(f"expert={8 // tensor},tensor={tensor}"), 16, 504, 4
     random = np.random.default_rng(3)
     g = random.standard_normal((T, D)).astype(np.float32)
     weight = random.uniform(0.1, 1, (T, 2)).astype(np.float32)
     expert = np.where(random.uniform(size=(T, 2)) < 0.9, 5, random.integers(0, E, (T, 2)))
     scale = np.arange(1, E + 1, dtype=np.float32)
+    local = E * tensor // 8
 
-    def island(g, weight, expert, scale):
+    def island(inference, g, weight, expert, scale):
         def run(x, weight, ids):
-            return x * weight * jnp.append(scale, jnp.nan)[ids]  # an empty row must not be read
+            part = x * weight / tensor
+            return part * jnp.append(scale, jnp.nan)[ids]  # an empty row must not be read
 
-        return all_to_all_experts(run, g, weight, expert, E // 8, ("expert",), ("expert",))
+        return exchange_experts(run, g, weight, expert, local, ("expert",), ("expert", "tensor"),
+                                width=("tensor",) * (tensor > 1), split=rows == "part",
+                                form=form, groups=groups, inference=inference)
 
-    lie = jax.sharding.PartitionSpec("expert")
-    got = jax.jit(jax.shard_map(island, mesh=mesh, in_specs=lie, out_specs=lie, check_vma=False))(
-        g, weight, expert.astype(np.int32), scale)
-    return peak_ratio(got, (g[:, None] * weight[..., None] * scale[expert][..., None]).sum(1))
+    def over(inference):
+        lie = jax.sharding.PartitionSpec("expert")
+        return jax.shard_map(partial(island, inference), mesh=mesh, in_specs=lie, out_specs=lie,
+                             check_vma=False)
+
+    def whole(g, weight, expert, scale):
+        return (g[:, None] * weight[..., None] * scale[expert][..., None]).sum(1)
+
+    def square(function):
+        return jax.grad(lambda g, weight, scale: jnp.sum(
+            function(g, weight, expert.astype(np.int32), scale) ** 2), (0, 1, 2))
+
+    got = jax.jit(over(True))(g, weight, expert.astype(np.int32), scale)
+    errors = [peak_ratio(got, whole(g, weight, expert, scale))]
+    gradients = jax.jit(square(over(False)))(g, weight, scale)
+    errors += map(peak_ratio, gradients, square(whole)(g, weight, scale))
+    return max(errors)
 
 
 def main(cases):
     cudnn_stand_in.install(cudnn)
+    jax.lax.ragged_all_to_all = ragged.all_to_all
     int8 = quant.quantize_params(PARAMS)
-    references, report = {}, {"skewed": skewed()} if POD.count == 1 else {}
+    references, report = {}, {}
     for case in cases:
+        if case.startswith("skewed"):
+            _, form, rows, groups, tensor = case.split("/")
+            report[case] = skewed(form, rows, int(groups), int(tensor))
+            continue
         text, regime, *rest = case.split("/")
         batch, given = int(rest[0]), int8 if "int8" in rest else PARAMS
         mesh, rules = parse_mesh(text), REGIMES[regime]
         names = dict(word.split("=") for word in rest[1:] if "=" in word)
+        capacity = float(names.pop("capacity", 0))
         ops = MeshOps(mesh, rules, names)
-        key = (regime == "train", batch, "int8" in rest)
+        key = (regime == "train", batch, "int8" in rest, capacity)
         if key not in references:
-            references[key] = train(given) if key[0] else serve(given, batch)
+            references[key] = train(given, capacity) if key[0] else serve(given, batch)
         params = place(given, mesh, rules)
-        got = train(params, ops) if key[0] else serve(params, batch, ops)
+        got = train(params, capacity, ops) if key[0] else serve(params, batch, ops)
         assert all(a.shape == b.shape for a, b in zip(got, references[key], strict=True))
         report[case] = max(peak_ratio(a, b) for a, b in zip(got, references[key], strict=True))
     if POD.is_main:

@@ -10,12 +10,15 @@ import pytest
 
 from tests.tolerances import bound
 
-# MESH/REGIME/ROWS[/int8][/CHOICE=NAME]; cuDNN is a stand-in. Rows are of uneven length, tensor=4
-# has more devices than key/value heads, and a row alone cannot be split over the batch axes.
+# MESH/REGIME/ROWS[/int8][/NAME=CHOICE], where rows are of uneven length, tensor=4 has more devices
+# than key/value heads, and a row alone cannot be split over the batch axes; cuDNN is a stand-in; and
+# skewed/DISPATCH/ROWS/GROUPS/TENSOR.
 QUICK = (
     "data=2,expert=2,tensor=2/decode/4/int8", "expert=2,tensor=4/prefill/4",
     "sequence=2,expert=2,tensor=2/long/1/dispatch=all_to_all", "data=2,sequence=2,expert=2/train/4",
     "data=2,sequence=4/prefill/2/softmax=cudnn",
+    "skewed/all_to_all/all/1/1", "skewed/ragged/part/2/2",
+    "data=2,expert=2,tensor=2/train/4/dispatch=ragged/rows=part/groups=2/capacity=0.75",
 )
 CASES = (
     "tensor=4/decode/4", "expert=4,tensor=2/decode/4", "expert=2,tensor=2/decode/1",
@@ -24,6 +27,16 @@ CASES = (
     "sequence=8/long/2/sequence=ring", "data=2,sequence=2,expert=2/long/1",
     "expert=2,tensor=4/prefill/4/dispatch=all_to_all",
     "data=2,expert=4/prefill/8/dispatch=all_to_all", "data=2,expert=2,tensor=2/train/4",
+    *(f"skewed/{form}/{rows}/{groups}/{tensor}" for form in ("all_to_all", "ragged")
+      for rows, groups, tensor in (("all", 1, 2), ("part", 3, 4))),
+    "sequence=2,expert=4/long/1/int8/dispatch=ragged/groups=2",
+    "expert=4,tensor=2/decode/4/dispatch=ragged/rows=part",
+    "data=4,sequence=2/train/4/capacity=0.5",
+    *(f"expert=4,tensor=2/train/4/capacity={factor}/dispatch={way}"
+      for factor in (0, 0.5, 1.5) for way in ("all_to_all", "ragged/rows=part")),
+    "expert=4,tensor=2/train/4/capacity=0.5/dispatch=sum",
+    "expert=2,tensor=4/prefill/4/dispatch=all_to_all/rows=part/groups=3",
+    "sequence=2,expert=2,tensor=2/train/4/capacity=0.75/dispatch=all_to_all/groups=2",
     "slice=2,data=2,tensor=2/train/4", "sequence=4,tensor=2/train/4/context=gather",
 )
 
@@ -65,7 +78,7 @@ def measure(cases) -> dict[str, float]:
 @pytest.mark.multidevice
 def test_a_mesh_equals_one_device():
     errors = measure(QUICK)
-    assert set(errors) == {"skewed", *QUICK}
+    assert set(errors) == set(QUICK)
     assert max(errors.values()) <= bound("tiny_logits"), errors
 
 
@@ -90,7 +103,7 @@ def test_any_mesh_shape_equals_one_device(axes, first, second, regime, rows):
 @pytest.mark.multidevice
 def test_every_mesh_equals_one_device():
     errors = measure(CASES)
-    assert set(errors) == {"skewed", *CASES}
+    assert set(errors) == set(CASES)
     assert max(errors.values()) <= bound("tiny_logits"), errors
 
 
