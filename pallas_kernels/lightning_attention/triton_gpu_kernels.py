@@ -111,7 +111,9 @@ def lightning_walk(
             tl.store(target_CW, o_CW.to(q_CH.dtype))
         state = _updated(state, k_CH, v_CW, entering, stays)
     if LENGTHS:
-        for chunk in range(first + count, tl.minimum(first + chunks_per_part, tl.cdiv(T, C))):
+        empty = tl.minimum(first + chunks_per_part, tl.cdiv(T, C)) - first - count
+        for i in range(0, empty):
+            chunk = first + count + i
             target_CW = (out + (chunk * C).to(tl.int64) * (N * H)
                          + row[:, None] * (N * H) + own[None, :])
             tl.store(target_CW, tl.zeros((C, W), out.dtype.element_ty),

@@ -4,6 +4,8 @@ Set TRITON_INTERPRET=1 before `triton` is imported; `install()` then makes `trit
 interpret on the CPU, under jit and gradients too.
 """
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,8 @@ from triton.runtime import interpreter
 from pallas_kernels.lightning_attention import triton_gpu
 
 _BFLOAT16 = np.dtype(jnp.bfloat16)
+# XLA calls back from several threads, and the interpreter keeps a program's place in a global.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class _Buffer:
@@ -74,7 +78,8 @@ def launch(kernel, *arguments, out_shape, grid, config, aliases=None, **constant
         written = [_Buffer(np.full(x.shape, np.nan, x.dtype)) for x in out_shape]
         for source, target in (aliases or {}).items():
             written[target] = given[places[source]]
-        kernel.run(*given, *written, grid=grid, warmup=False, **constants)
+        with _ONE_AT_A_TIME:
+            kernel.run(*given, *written, grid=grid, warmup=False, **constants)
         return [x.array for x in written]
 
     return jax.pure_callback(run, list(out_shape), *(arguments[i] for i in places))
