@@ -6,6 +6,7 @@ gradients (`triton_gpu_vjp`).
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -28,6 +29,7 @@ class Config:
       chunk: tokens of one step, a power of two from 16.
       columns: value columns of one program, a power of two from 16.
       warps, stages: of a program; stages are chunks loaded ahead, and the one at work.
+      resident: programs that a multiprocessor has registers for at once.
       parts: of a sequence, that run at the same time; more than one costs a second reading of k
         and v, as far back as they last, for the states between the parts.
       device: the GPU to compile for; None is the one that programs traced now will run on.
@@ -37,6 +39,7 @@ class Config:
     columns: int | None = None
     warps: int | None = None
     stages: int | None = None
+    resident: int | None = None
     parts: int | None = None
     device: tuning.Nvidia | None = None
 
@@ -122,11 +125,25 @@ def _choose(config: Config, dtype, B, T, N, H, R) -> Config:
         if size < 16 or size & (size - 1):
             raise ValueError(f"{name} must be a power of two from 16; got {size}.")
     if config.parts is None:
-        # Whole parts of at least 1,024 tokens, and as many as run at once.
         programs = B * N * R * (H // config.columns)
-        parts = max(1, min(config.device.multiprocessors // programs, T // 1024))
-        config = dataclasses.replace(config, parts=parts)
+        slots = config.device.multiprocessors * config.resident
+        config = dataclasses.replace(config, parts=_parts(programs / slots, T, H))
     return config
+
+
+def _parts(waves: float, T: int, H: int) -> int:
+    """The fewest parts of at least 1,024 tokens that come within a tenth of the least time.
+
+    An estimate, not a measurement, in units of a full chip's time for one pass: a last wave of
+    programs takes as long as a full one; parts read a half of k and v again, and each of them the
+    states of all before it. `waves` are those of a single part.
+    """
+    def time(parts):
+        whole = math.ceil(waves * parts) / (waves * parts)
+        return whole if parts == 1 else 1.25 * whole + parts * parts * H / (2 * T)
+
+    times = {parts: time(parts) for parts in range(1, max(1, min(64, T // 1024)) + 1)}
+    return next(parts for parts in times if times[parts] <= 1.1 * min(times.values()))
 
 
 def tuned(kind: str, device: tuning.Nvidia | None,

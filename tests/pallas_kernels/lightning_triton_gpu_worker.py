@@ -141,6 +141,8 @@ REAL = {
 
 def compile_one(case):
     """What is known of each kernel of a program for one GPU; no GPU and no XLA takes part."""
+    from jax_triton import triton_lib
+
     capability, dtype, kind, name = case.split("/")
     device, f32, i32 = DEVICES[capability], jnp.float32, jnp.int32
     array = jax.ShapeDtypeStruct
@@ -161,6 +163,7 @@ def compile_one(case):
             arguments = (*arguments, x, state)
             function = functools.partial(BACKWARD, config=config)
     binaries.clear()
+    triton_lib._COMPILED_KERNEL_CACHE.clear()
     traced = jax.jit(function, donate_argnums=donate).trace(*arguments)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     kernels = [{"name": made.name, "shared": made.shared_mem_bytes, **assembled(made.binary)}
