@@ -8,20 +8,24 @@ All exponents are ≤ 0: the decayed mask is never factored into λ^r and λ^-c,
 fast heads. Offsets into tensors are 64 bits wide; those inside a chunk need 32.
 """
 
-import triton
-import triton.language as tl
+from __future__ import annotations
 
-# Of tokens that decay by e^-28 (7e-13) before a part's end nothing is left in a float32 sum.
-_FORGOTTEN = tl.constexpr(28.0)
+try:
+    import triton.language as tl
+    from triton import jit
+except ImportError:  # an extra; nothing here is called without it
+
+    def jit(function):
+        return function
 
 
-@triton.jit
+@jit
 def _decay(slope, distance):
     """λ^distance for integer distances, 1 for negative ones."""
     return tl.exp(-slope * tl.maximum(distance, 0).to(tl.float32))
 
 
-@triton.jit
+@jit
 def _span(lengths, b, part, T, chunks_per_part, C: tl.constexpr, LENGTHS: tl.constexpr):
     """Tokens of the row, the part's first chunk, and how many of its chunks hold tokens."""
     length = T
@@ -32,7 +36,7 @@ def _span(lengths, b, part, T, chunks_per_part, C: tl.constexpr, LENGTHS: tl.con
     return length, first, count
 
 
-@triton.jit
+@jit
 def _rows_of(x, token, width, inside, N: tl.constexpr, H: tl.constexpr, C: tl.constexpr,
              RAGGED: tl.constexpr):
     """Rows of a chunk at `x` [C, width's]; zeros where there is no token."""
@@ -42,14 +46,14 @@ def _rows_of(x, token, width, inside, N: tl.constexpr, H: tl.constexpr, C: tl.co
     return tl.load(place)
 
 
-@triton.jit
+@jit
 def _updated(state, k, v, entering, stays):
     """The state one chunk on: `entering` [C] decays what comes in, `stays` what is there."""
     v = (v.to(tl.float32) * entering[:, None]).to(v.dtype)
     return tl.dot(tl.trans(k), v, acc=state * stays, input_precision="ieee")
 
 
-@triton.jit
+@jit
 def lightning_walk(
     q0, k0, v0, q1, k1, v1, slopes, incoming, lengths, samples, edges, T, chunks_per_part,
     out0, out1, outgoing,
@@ -122,7 +126,7 @@ def lightning_walk(
         tl.store(outgoing + ((role * batch + b) * N + n) * (H * H) + square, state)
 
 
-@triton.jit
+@jit
 def lightning_states(
     k0, v0, k1, v1, slopes, lengths, samples, edges, T, chunks_per_part,
     outgoing,
@@ -147,7 +151,8 @@ def lightning_states(
     k, v = k + start, v + start
     slope = tl.load(slopes + n)
     length, first, count = _span(lengths, b, part, T, chunks_per_part, C, LENGTHS)
-    lasting = tl.minimum(_FORGOTTEN / tl.maximum(slope, 1e-9), T * 1.0).to(tl.int32)
+    # Of tokens that decay by e^-28 (7e-13) before a part's end nothing is left in a float32 sum.
+    lasting = tl.minimum(28.0 / tl.maximum(slope, 1e-9), T * 1.0).to(tl.int32)
     # One chunk more for the rounding, one for a last chunk that is not full.
     needed = tl.minimum(count, lasting // C + 2)
     if not REVERSE:
@@ -173,7 +178,7 @@ def lightning_states(
     tl.store(outgoing + (((role * batch + b) * parts + part) * N + n) * (H * H) + square, state)
 
 
-@triton.jit
+@jit
 def lightning_step(q, k, v, slopes, slots, states, out, updated,
                    N: tl.constexpr, H: tl.constexpr, W: tl.constexpr):
     """One token of each row: its state in the pool is read and written once, where it lies.
