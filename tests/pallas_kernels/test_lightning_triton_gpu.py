@@ -1,5 +1,6 @@
 """The Triton kernels of lightning attention, interpreted on a CPU and compiled for named GPUs."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -187,18 +188,21 @@ def test_where_it_does_not_run_a_sentence_says_why(monkeypatch, name, H, install
     x = np.zeros((1, 64, 2, H), np.float32)
     state = np.zeros((1, 2, H, H), np.float32)
 
-    def both():
-        with pytest.raises(ValueError, match=message):
-            lightning_attention(x, x, x, np.ones(2), implementation="triton_gpu")
-        with pytest.raises(ValueError, match=message):
-            lightning_decode_slots(x[:, 0], x[:, 0], x[:, 0], np.ones(2), state,
-                                   np.zeros(1, np.int32), implementation="triton_gpu")
+    def attention():
+        return lightning_attention(x, x, x, np.ones(2), implementation="triton_gpu")
 
-    if name is None:
-        both()
-    else:
-        with dispatch.compiling_for("gpu"), described(name):
-            both()
+    def slots():
+        return lightning_decode_slots(x[:, 0], x[:, 0], x[:, 0], np.ones(2), state,
+                                      np.zeros(1, np.int32), implementation="triton_gpu")
+
+    target = contextlib.ExitStack()
+    with target:
+        if name is not None:
+            target.enter_context(dispatch.compiling_for("gpu"))
+            target.enter_context(described(name))
+        for call in (attention, slots):
+            with pytest.raises(ValueError, match=message):
+                jax.eval_shape(call)
 
 
 @pytest.mark.parametrize("config", [dict(chunk=24), dict(columns=8)], ids=str)
