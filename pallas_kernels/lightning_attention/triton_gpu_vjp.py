@@ -1,6 +1,7 @@
 """The Triton form of lightning attention: its forward and backward passes as one function."""
 
-import importlib.util
+import functools
+from importlib import metadata
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +38,23 @@ def check(op: str, H: int) -> None:
             f"got {H}. Pass 'xla' or None.")
     if missing := _missing():
         raise ValueError(
-            f"{op}'s 'triton_gpu' needs {' and '.join(missing)}. Install them with: "
+            f"{op}'s 'triton_gpu' needs jax-triton 0.3 and triton 3.6; "
+            f"{' and '.join(missing)} is not here in that release. Install them with: "
             "pip install 'jax-triton==0.3.1' 'triton>=3.6,<3.7'")
 
 
+@functools.cache
 def _missing() -> list[str]:
-    packages = {"jax-triton": "jax_triton", "triton": "triton"}
-    return [name for name, module in packages.items() if importlib.util.find_spec(module) is None]
+    """Packages that are not here, or in a release that this form was not made with."""
+    wanted = {"jax-triton": "0.3.", "triton": "3.6."}
+
+    def there(name):
+        try:
+            return metadata.version(name).startswith(wanted[name])
+        except metadata.PackageNotFoundError:
+            return False
+
+    return [name for name in wanted if not there(name)]
 
 
 def lightning_attention(q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT, lengths_B):

@@ -126,11 +126,9 @@ def decode(dtype):
 # name -> B, T, N, H, packed, lengths
 REAL = {
     "1x8192": (1, 8192, 64, 128, False, False),
-    "8x8192": (8, 8192, 64, 128, False, False),
     "1x4194304": (1, 1 << 22, 64, 128, False, False),
     "8_heads_1x131072": (1, 1 << 17, 8, 128, False, False),
     "packed_lengths_8_heads_2x8193": (2, 8193, 8, 128, True, True),
-    "packed_1x131072": (1, 1 << 17, 64, 128, True, False),
     "1x1": (1, 1, 64, 128, False, False),
     "heads_of_64_1x8192": (1, 8192, 64, 64, False, False),
     "heads_of_64_packed_lengths_2x8193": (2, 8193, 8, 64, True, True),

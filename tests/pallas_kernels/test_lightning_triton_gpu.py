@@ -27,14 +27,14 @@ NAMES = (*(f"T{T}" for T in (1, 63, 64, 65, 255, 256, 257, 4097)), "heads_of_16"
 SLOW = [x for dtype in ("bfloat16", "float32") for x in (f"{dtype}/{name}" for name in NAMES)
         if x not in QUICK]
 COMPILED = [f"{capability}/bfloat16/{case}" for capability in SHARED_MEMORY for case in (
-    "forward/1x8192", "forward/8_heads_1x131072", "forward/packed_lengths_8_heads_2x8193",
-    "backward/1x8192", "backward/packed_lengths_8_heads_2x8193", "decode/16")]
+    "forward/packed_lengths_8_heads_2x8193", "backward/packed_lengths_8_heads_2x8193")]
 COMPILED += [f"{capability}/{dtype}/{case}" for capability in ("80", "90") for dtype, case in (
+    *(("bfloat16", f"{kind}/1x8192") for kind in ("forward", "backward")),
     ("bfloat16", "forward/1x1"), ("bfloat16", "forward/1x4194304"),
-    ("bfloat16", "forward/packed_1x131072"),
+    ("bfloat16", "forward/8_heads_1x131072"),
     *(("bfloat16", f"backward/heads_of_{H}_packed_lengths_2x8193") for H in (16, 32, 64)),
-    ("bfloat16", "backward/heads_of_64_1x8192"), ("float32", "decode/16"),
-    ("float32", "forward/1x8192"), ("float32", "backward/1x8192"),
+    ("bfloat16", "backward/heads_of_64_1x8192"), ("bfloat16", "decode/16"),
+    ("float32", "decode/16"), ("float32", "backward/1x8192"),
     ("float32", "backward/packed_lengths_8_heads_2x8193"),
     ("float32", "backward/heads_of_64_packed_lengths_2x8193"))]
 
@@ -181,7 +181,7 @@ def test_the_form_chosen_by_itself(monkeypatch, name, dtype, H, installed, form)
     (None, 128, True, "runs on NVIDIA GPUs from Ampere on; this is a cpu"),
     ("Tesla V100-SXM2-16GB", 128, True, "compute capability 8.0 or more; this is an unknown GPU"),
     ("NVIDIA A100-SXM4-80GB", 96, True, "takes heads of 16, 32, 64, 128; got 96"),
-    ("NVIDIA A100-SXM4-80GB", 128, False, "needs jax-triton. Install them with: pip install"),
+    ("NVIDIA A100-SXM4-80GB", 128, False, "jax-triton is not here in that release. Install them with: pip"),
 ], ids=str)
 def test_where_it_does_not_run_a_sentence_says_why(monkeypatch, name, H, installed, message):
     monkeypatch.setattr(triton_gpu_vjp, "_missing", lambda: [] if installed else ["jax-triton"])
@@ -203,6 +203,12 @@ def test_where_it_does_not_run_a_sentence_says_why(monkeypatch, name, H, install
         for call in (attention, slots):
             with pytest.raises(ValueError, match=message):
                 jax.eval_shape(call)
+
+
+def test_other_releases_count_as_missing(monkeypatch):
+    releases = {"jax-triton": "0.4.1", "triton": "3.6.0"}
+    monkeypatch.setattr(triton_gpu_vjp.metadata, "version", releases.__getitem__)
+    assert triton_gpu_vjp._missing.__wrapped__() == ["jax-triton"]
 
 
 @pytest.mark.parametrize("config", [dict(chunk=24), dict(columns=8)], ids=str)
