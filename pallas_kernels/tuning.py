@@ -64,17 +64,15 @@ def nvidia() -> Nvidia | None:
     if dispatch.platform() != "gpu":
         return None
     described = jax.sharding.get_abstract_mesh().abstract_device
-    if described is not None:
-        for capability, name in _NVIDIA.items():
-            if name.search(described.device_kind):
-                return Nvidia(capability, described.num_cores or 108)
-        return None
-    if jax.default_backend() != "gpu":
-        return None
-    device = jax.local_devices()[0]
-    # Of other makers this is a name.
-    number = str(getattr(device, "compute_capability", "")).replace(".", "")
-    return Nvidia(int(number), device.core_count) if number.isdecimal() else None
+    device = jax.local_devices()[0] if jax.default_backend() == "gpu" else None
+    if device is not None and (described is None or described.device_kind == device.device_kind):
+        # Of other makers this is a name.
+        number = str(getattr(device, "compute_capability", "")).replace(".", "")
+        return Nvidia(int(number), device.core_count) if number.isdecimal() else None
+    for capability, name in _NVIDIA.items():
+        if described is not None and name.search(described.device_kind):
+            return Nvidia(capability, described.num_cores or 108)
+    return None
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -144,6 +145,21 @@ def test_a_gpu_is_known_by_its_name(name, capability):
     with dispatch.compiling_for("gpu"), described(name):
         found = tuning.nvidia()
     assert found == (capability and tuning.Nvidia(capability, 108))
+
+
+@pytest.mark.parametrize("kind, capability, found", [
+    ("NVIDIA GeForce RTX 4090", "8.9", tuning.Nvidia(89, 128)),
+    ("AMD Instinct MI300X", "gfx942", None)], ids=str)
+@pytest.mark.parametrize("under_a_mesh", [True, False], ids=str)
+def test_the_gpu_at_hand_says_what_it_is(monkeypatch, kind, capability, found, under_a_mesh):
+    device = types.SimpleNamespace(
+        device_kind=kind, compute_capability=capability, core_count=128)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    with described(kind) if under_a_mesh else contextlib.nullcontext():
+        assert tuning.nvidia() == found
+    with described("NVIDIA B200"):  # compiled for another machine
+        assert tuning.nvidia() == tuning.Nvidia(100, 108)
 
 
 @pytest.mark.parametrize("name, dtype, H, installed, form", [
