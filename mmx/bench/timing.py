@@ -53,12 +53,13 @@ class Timing:
 
 
 def in_turns(runs: Mapping[str, Callable[[], Run]], method: Method,
-             clock: Callable[[], float] = time.perf_counter) -> dict[str, Timing | str]:
+             clock: Callable[[], float] = time.perf_counter, until: float = math.inf
+             ) -> dict[str, Timing | str]:
     """Times what each of `runs` makes; a failure gives its first sentence in place of a Timing.
 
     Each is made and performed twice before the clock counts (compilation, first touch). Then every
     round performs each once, starting one further along each time, so that a drift of the machine's
-    speed reaches all alike.
+    speed reaches all alike. After the first no round begins once the clock reads `until`.
     """
     made: dict[str, tuple[Run, int]] = {}
     found: dict[str, list[float]] = {name: [] for name in runs}
@@ -72,6 +73,8 @@ def in_turns(runs: Mapping[str, Callable[[], Run]], method: Method,
         except Exception as error:
             failed[name] = first_sentence(error)
     for round_ in range(method.rounds):
+        if round_ and clock() > until:
+            break
         names = list(made)
         shift = round_ % max(len(names), 1)
         for name in names[shift:] + names[:shift]:
