@@ -85,13 +85,7 @@ class Side:
         return Steps(self.config, {}, slots, self.dtype, self.mesh if self.many else None)
 
     def _cache_shapes(self, batch: int, capacity: int) -> Cache:
-        shapes = caches.cache_shapes(self.config, batch, capacity, self.dtype,
-                                     self.ops.cache_kv_heads(self.config.num_kv_heads))
-        return jax.tree.map(
-            lambda leaf, axes: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=self.ops.sharding(leaf.shape, *axes)),
-            shapes, caches.cache_axes(shapes),
-            is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct))
+        return full_arrays.cache_shapes(self.config, self.ops, batch, capacity, self.dtype)
 
     def _numbers(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.whole)

@@ -134,18 +134,24 @@ def dispatched(program: Callable, *args: Any) -> Run:
     return Run(call)
 
 
-def looped(step: Callable, carry: Any, steps: int, *args: Any) -> Run:
-    """A jitted loop of `steps` calls of `step(carry, *args)`, whose carry stays where it lies.
-
-    For steps shorter than a dispatch. `step` returns (carry, out); out is kept, so that nothing of
-    it is left out.
-    """
-    out = jax.eval_shape(lambda carry, *args: step(carry, *args)[1], carry, *args)
-
+def loop(step: Callable, steps: int) -> Callable:
+    """The jitted loop of `looped`; kept for several carries, it compiles once for each shape."""
     @partial(jax.jit, donate_argnums=(0, 1))
     def program(carry, out, *args):
         return jax.lax.fori_loop(0, steps, lambda _, held: step(held[0], *args), (carry, out))
 
+    return program
+
+
+def looped(step: Callable, carry: Any, steps: int, *args: Any, program: Callable | None = None
+           ) -> Run:
+    """A jitted loop of `steps` calls of `step(carry, *args)`, whose carry stays where it lies.
+
+    For steps shorter than a dispatch. `step` returns (carry, out); out is kept, so that nothing of
+    it is left out. `program` is `loop(step, steps)`, where it is there already.
+    """
+    out = jax.eval_shape(lambda carry, *args: step(carry, *args)[1], carry, *args)
+    program = program or loop(step, steps)
     held = [(carry, jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), out))]
 
     def call(count):
