@@ -114,7 +114,7 @@ memory() {
 trap 'stopped=1 code=130' INT
 row sequence 30
 row experts 45
-row lightning 40
+row lightning 45
 memory decode_all 30 decode:64 "expert=$devices"
 memory prefill_all 40 "prefill:$((chunk * devices))" "sequence=$devices"
 memory prefill_one 50 "prefill:$chunk"

@@ -192,7 +192,7 @@ class Bench:
             try:
                 run = programs[pair].bind(params)
                 run.call(1)
-                for count in range(self.asked.rounds):
+                for count in range(-(-self.asked.rounds // TURNS)):
                     if count and time.monotonic() > self.end:
                         break
                     begin = time.perf_counter()
@@ -207,9 +207,9 @@ class Bench:
         sides = self.sides(Lightning)
         tokens, dims = self.asked.lightning_tokens, {"tokens": self.asked.lightning_tokens}
 
-        def add(operation, work, runs):
+        def add(operation, work, rounds, runs):
             made = {str(side.mesh.size): (lambda s=side: runs(s)) for side in sides}
-            timed = in_turns(made, Method(self.asked.rounds), time.monotonic, self.end)
+            timed = in_turns(made, Method(rounds), time.monotonic, self.end)
 
             def make(name, timing, ceilings, devices):
                 return records.of_work(operation, f"1x{tokens}", dims, self.dtype, name, timing,
@@ -220,10 +220,13 @@ class Bench:
                  timed[str(side.mesh.size)], {"peak_bytes": self.peaks()}) for side in sides])
             gc.collect()
 
-        add("lightning_forward", sides[0].operation_work(tokens),
+        rounds = self.asked.rounds
+        add("lightning_forward", sides[0].operation_work(tokens), rounds,
             lambda side: side.operation_run(tokens))
-        add("lightning_layers", sides[0].layers_work(tokens), lambda side: side.layers_run(
-            tokens, min(self.asked.lightning_chunk * side.mesh.size, tokens)))
+        # Seconds each, so a few rounds do.
+        add("lightning_layers", sides[0].layers_work(tokens), min(rounds, 3),
+            lambda side: side.layers_run(
+                tokens, min(self.asked.lightning_chunk * side.mesh.size, tokens)))
 
 
 def difference(wanted: Sequence, got: Sequence) -> float | None:

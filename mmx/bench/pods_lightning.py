@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from mmx.bench import floors, full_arrays
 from mmx.bench.arrays import named_key
 from mmx.bench.floors import Work
-from mmx.bench.timing import Run, dispatched
+from mmx.bench.timing import Run
 from mmx.config import LIGHTNING, ModelConfig, deepnorm_beta
 from mmx.model import param_specs
 from mmx.nn.lightning import LightningAttention, decay_slopes
@@ -58,8 +58,14 @@ class Lightning:
         *qkv, state = self.operation_shapes(tokens)
         drawn = [full_arrays.values(named_key(self.seed, name), leaf.shape, leaf.dtype,
                                     leaf.sharding) for name, leaf in zip("qkv", qkv, strict=True)]
-        return dispatched(self.operation(), *drawn, jax.device_put(
-            jnp.zeros(state.shape, state.dtype), state.sharding))
+        program = self.operation()
+        drawn.append(jax.device_put(jnp.zeros(state.shape, state.dtype), state.sharding))
+
+        def call(count):
+            # Each is waited for: outputs of a million tokens are too large to have several of them.
+            for _ in range(count):
+                jax.block_until_ready(program(*drawn))
+        return Run(call)
 
     def layers_program(self) -> Callable:
         """The jitted chain of a period's lightning layers on a chunk: (params, states, x).
