@@ -1,12 +1,15 @@
-"""Memory of the engine's programs on one GPU, beside what `mmx plan` says before they run.
+"""Memory of the engine's programs on GPUs, beside what `mmx plan` says before they run.
 
     python benchmarks/memory_vs_plan.py --output=FILE.json          # both, on the GPU's machine
     python benchmarks/memory_vs_plan.py --plan_only --output=A      # no GPU; extra plan-gpu
     python benchmarks/memory_vs_plan.py --measured_only --output=B  # on the GPU
     python benchmarks/memory_vs_plan.py --join A B --output=FILE.json
+    python benchmarks/memory_vs_plan.py --pod=h200:1x2 --mesh=sequence=2 --rows=prefill:32768 ...
 
 Rows: decode steps at batch 1, 16 and 64 with 1,024 tokens cached (room for 2,048, as the engine
 doubles it), and a prompt of 16,384 tokens in one chunk; 8 layers at the released widths, bfloat16.
+`long:N` is a chunk whose time lies over the expert axis too. With --mesh the model lies over
+several GPUs, of which the fullest counts; rows are named with it, as in decode:64/expert=2.
 
 plan: arguments, results and temporaries by the compiler's analysis, ahead of time for --pod.
 compiled: the same count for the engine's program, compiled for the device itself.
@@ -24,9 +27,10 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -43,7 +47,7 @@ def dims(row: str) -> tuple[str, int, int, int]:
     from mmx.bench.whole import STEPS as room
     from mmx.bench.whole import capacity
 
-    mode, number = row.split(":")
+    mode, number = row.partition("/")[0].split(":")
     if mode == "decode":
         return mode, int(number), CONTEXT, capacity(CONTEXT + room)
     return mode, 1, 0, capacity(int(number))
@@ -58,84 +62,116 @@ def plan(rows: Sequence[str], geometry: str, pod_name: str) -> dict[str, Any]:
     from mmx.plan import fit, meshes
     from mmx.plan.pods import parse_pod
     from mmx.plan.programs import Job
+    from mmx.sharding.mesh import parse_axes
 
     pod, found = parse_pod(pod_name), {}
     for row in rows:
         mode, batch, _, capacity = dims(row)
-        job = Job(preset(geometry), mode, batch, capacity, chunk=CHUNK)
-        found[row] = fit.compile_fit(job, pod, meshes.candidates(job, pod)[0].axes).to_json()
+        job = Job(preset(geometry), mode, batch, capacity, chunk=capacity)
+        mesh = row.partition("/")[2]
+        axes = parse_axes(mesh) if mesh else meshes.candidates(job, pod)[0].axes
+        found[row] = fit.compile_fit(job, pod, axes).to_json()
         print(f"planned {row} for {pod_name}: "
               f"{found[row]['bytes_per_device']['total'] / MIB:,.0f} MiB", flush=True)
     return found
 
 
 def measure(row: str, geometry: str) -> dict[str, Any]:
-    """Runs a row's program on the device of this process; returns bytes of each moment."""
+    """Runs a row's program on devices of this process; bytes of each moment, the fullest's."""
     import jax
     import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+    from mmx import cache as caches
     from mmx import model
-    from mmx.cache import Cache, cache_shapes, init_cache
+    from mmx.cache import Cache
     from mmx.config import preset
-    from mmx.plan.programs import memory_of
+    from mmx.parallel.mesh_ops import MeshOps
+    from mmx.parallel.ops import Ops
+    from mmx.plan.programs import memory_of, share_bytes
+    from mmx.sharding.mesh import parse_mesh
+    from mmx.sharding.rules import REGIMES, param_shardings
 
-    config, device = preset(geometry), jax.local_devices()[0]
+    config, dtype = preset(geometry), "bfloat16"
     mode, batch, held, capacity = dims(row)
-    tokens = 1 if mode == "decode" else int(row.split(":")[1])
-    dtype = "bfloat16"
-    shapes = {path: spec.abstract for path, spec in model.param_specs(config, dtype).items()}
-    ids_BT = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
-    lengths_B = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    # The engine's own program on one device (mmx/engine/steps.py), held as a compiled object.
-    step = jax.jit(partial(model.step, config), donate_argnums=(1,)).lower(
-        shapes, cache_shapes(config, batch, capacity, dtype), ids_BT, lengths_B).compile()
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in shapes.values())
-    counted = memory_of(step, {"weights": size})
+    tokens = 1 if mode == "decode" else capacity
+    specs = model.param_specs(config, dtype)
+    if mesh_text := row.partition("/")[2]:
+        mesh, rules = parse_mesh(mesh_text), REGIMES[mode]
+        devices, ops = list(mesh.devices.flat), MeshOps(mesh, rules)
+        places, whole = param_shardings(specs, mesh, rules), NamedSharding(mesh, PartitionSpec())
+    else:
+        devices, ops = jax.local_devices()[:1], Ops()
+        whole = SingleDeviceSharding(devices[0])
+        places = dict.fromkeys(specs, whole)
 
-    params = {path: _hashed(spec.shape, str(spec.dtype))(jnp.uint32(zlib.crc32(path.encode())))
-              for path, spec in shapes.items()}
+    def abstract(leaf, place):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    def program(params, cache, ids_BT, lengths_B):
+        logits_BV, cache = model.step(config, params, cache, ids_BT, lengths_B, ops=ops)
+        return ops.whole(logits_BV), caches.lay(cache, ops)
+
+    shapes = {path: abstract(spec, places[path]) for path, spec in specs.items()}
+    heads = ops.cache_kv_heads(config.num_kv_heads)
+    make = jax.jit(lambda: caches.lay(
+        caches.init_cache(config, batch, capacity, dtype, heads), ops))
+    empty = jax.tree.map(abstract, jax.eval_shape(make), make.lower().compile().output_shardings)
+    ids_BT = jax.ShapeDtypeStruct((batch, tokens), jnp.int32, sharding=whole)
+    lengths_B = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=whole)
+    # The engine's own programs (mmx/engine/steps.py), held as compiled objects.
+    step = jax.jit(program, donate_argnums=(1,)).lower(shapes, empty, ids_BT, lengths_B).compile()
+    counted = memory_of(step, {"weights": share_bytes(shapes)})
+
+    params = {path: _hashed(spec.shape, str(jnp.dtype(spec.dtype)), places[path])(
+        jnp.uint32(zlib.crc32(path.encode()))) for path, spec in specs.items()}
     jax.block_until_ready(params)
-    weights = _stats(device)
-    make = jax.jit(partial(init_cache, config, batch, capacity, dtype))
+    weights = _most(devices)
     cache = make()
-    cache = Cache(cache.stacks, jnp.full(batch, held, jnp.int32))
-    ids_BT = jnp.asarray(
-        jax.random.randint(jax.random.key(0), (batch, tokens), 0, config.vocab_size), jnp.int32)
-    lengths_B = jnp.full(batch, tokens, jnp.int32)
+    cache = Cache(cache.stacks, jax.device_put(np.full(batch, held, np.int32),
+                                               cache.lengths_B.sharding))
+    ids_BT = jax.device_put(np.random.default_rng(0).integers(
+        0, config.vocab_size, (batch, tokens)).astype(np.int32), whole)
+    lengths_B = jax.device_put(np.full(batch, tokens, np.int32), whole)
     jax.block_until_ready((cache, ids_BT, lengths_B))
-    before = _stats(device)
+    before = _most(devices)
     for _ in range(STEPS if mode == "decode" else 1):
         logits_BV, cache = step(params, cache, ids_BT, lengths_B)
     finite = bool(jnp.isfinite(logits_BV.sum()))
-    after = _stats(device)
-    return {"device": device.device_kind, "jax": jax.__version__, "finite": finite,
-            "compiled_bytes": counted.total, "compiled_temporaries": counted.temporaries,
+    after = _most(devices)
+    return {"device": devices[0].device_kind, "devices": len(devices), "jax": jax.__version__,
+            "finite": finite, "compiled_bytes": counted.total,
+            "compiled_temporaries": counted.temporaries,
             "weights_in_use": weights.get("bytes_in_use"),
             "held_in_use": before.get("bytes_in_use"), "before": before.get("peak_bytes_in_use"),
             "measured": after.get("peak_bytes_in_use"), "limit": after.get("bytes_limit")}
 
 
-def _stats(device) -> Mapping[str, int]:
-    return device.memory_stats() or {}
+def _most(devices) -> Mapping[str, int]:
+    """Each figure of the allocators, on the device where it is largest."""
+    found: dict[str, int] = {}
+    for device in devices:
+        for name, size in (device.memory_stats() or {}).items():
+            found[name] = max(size, found.get(name, 0))
+    return found
 
 
-def _hashed(shape, dtype):
+def _hashed(shape, dtype, place):
     """A program that fills `shape` with small numbers by a hash of the place: one fusion."""
     import jax
     import jax.numpy as jnp
 
-    @jax.jit
     def program(seed):
-        place = jnp.zeros(shape, jnp.uint32) + seed
+        mixed = jnp.zeros(shape, jnp.uint32) + seed
         for axis, stride in zip(range(len(shape)), (2654435761, 40503, 2246822519, 3266489917,
                                                     668265263), strict=False):
-            place += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
-        place = (place ^ (place >> 15)) * jnp.uint32(2246822519)
-        place = (place ^ (place >> 13)) * jnp.uint32(3266489917)
-        unit = (place >> 8).astype(jnp.float32) * 2.0**-23 - 1.0
+            mixed += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+        mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(2246822519)
+        mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(3266489917)
+        unit = (mixed >> 8).astype(jnp.float32) * 2.0**-23 - 1.0
         return (0.02 * unit).astype(dtype)
 
-    return program
+    return jax.jit(program, out_shardings=place)
 
 
 def child(*words: str, **environment: str) -> dict[str, Any]:
@@ -186,6 +222,7 @@ def main(argv: Sequence[str]) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", default="period")
     parser.add_argument("--pod", default="h200:1x1")
+    parser.add_argument("--mesh", default="", help="as in sequence=2; one GPU if empty")
     parser.add_argument("--rows", default=",".join(ROWS), help="of the kind decode:16,prefill:4096")
     parser.add_argument("--output")
     which = parser.add_mutually_exclusive_group()
@@ -194,7 +231,7 @@ def main(argv: Sequence[str]) -> int:
     which.add_argument("--join", nargs=2, metavar=("PLAN", "MEASURED"))
     which.add_argument("--child", choices=("plan", "measure"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    rows = args.rows.split(",")
+    rows = [f"{row}/{args.mesh}" if args.mesh else row for row in args.rows.split(",")]
     if args.child == "plan":
         write(args.output, plan(rows, args.geometry, args.pod))
         return 0
@@ -211,7 +248,7 @@ def main(argv: Sequence[str]) -> int:
         for one in parts:
             report["plan"] |= one["plan"]
             report["measured"] |= one["measured"]
-    common = (f"--geometry={args.geometry}", f"--pod={args.pod}")
+    common = (f"--geometry={args.geometry}", f"--pod={args.pod}", f"--mesh={args.mesh}")
     if not args.join and not args.measured_only:
         found = child("--child=plan", f"--rows={args.rows}", *common, JAX_PLATFORMS="cpu")
         report["plan"] = dict.fromkeys(rows, found) if "error" in found else found
@@ -220,8 +257,9 @@ def main(argv: Sequence[str]) -> int:
         room = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
         for row in rows:
             print(f"running {row} ...", flush=True)
-            report["measured"][row] = child("--child=measure", f"--rows={row}", *common,
-                                            XLA_PYTHON_CLIENT_MEM_FRACTION=room)
+            report["measured"][row] = child(
+                "--child=measure", f"--rows={row.partition('/')[0]}", *common,
+                XLA_PYTHON_CLIENT_MEM_FRACTION=room)
     write(args.output, report)
     print(table(report))
     failed = [row for part in ("plan", "measured") for row in report[part].values()

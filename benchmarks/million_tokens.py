@@ -1,6 +1,7 @@
 """The embedded model over a million tokens: needles, speed, and memory at each length.
 
     python benchmarks/million_tokens.py --output=results/million [--lengths=1024,4096,...]
+    python benchmarks/million_tokens.py --output=results/million --plot   # draws what was written
 
 One sequence is read in chunks by the engine's own programs. At every length needles are planted
 1,000 to 8,000 tokens before the question (nano was tried to 8,192 tokens; over all of the prompt
@@ -11,7 +12,11 @@ slices of tests/nano/heldout_sample.txt, which the model was not trained on.
 Then decode steps are timed at that length: the whole step as the engine sends it (with the host's
 share), and in compiled loops of their own the seven lightning layers (projections, state, norm,
 gate, output) and the one softmax layer. `rest` is the difference: experts, norms, head, dispatch.
-Writes million_tokens.json, .md and .png. In nano the softmax layer is the last, and a prompt's
+Writes million_tokens.json and .md after every length, and .png at the end. On a GPU nearly all of
+the time goes into compiling a prefill, a decode step and a softmax loop for each size of the cache
+(eight layers each): the dtype is therefore settled at the first length, before the rest is
+compiled, several at once; and where half of --seconds is gone, lengths before the last are left
+out. In nano the softmax layer is the last, and a prompt's
 chunk needs it for its last token alone, so reading is linear in length here.
 """
 
@@ -32,7 +37,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from mmx.bench.timing import Method, Run, Timing, in_turns, looped  # noqa: E402
+from mmx.bench.timing import Method, Run, Timing, in_turns, loop, looped  # noqa: E402
 from mmx.cache import Cache, cache_bytes  # noqa: E402
 from mmx.checkpoint import load_config, load_params, locate  # noqa: E402
 from mmx.config import LIGHTNING  # noqa: E402
@@ -50,14 +55,14 @@ LENGTHS = (1024, 4096, 16384, 65536, 262144, 1048576)
 REACH = 8192     # of needles, as docs/nano.md measured it
 SLICE = 2048     # of the haystack's text, drawn anew
 ANSWER = 14      # tokens: a space, up to seven digits, a stop
-STEPS, LOOP = 16, 32
+STEPS, LOOP, FEW = 16, 32, 4  # FEW: where a step of softmax attention takes long
 SPARE = 256      # room for an answer, and for padding that stands beyond it
 
 
 class Study:
     """One model, one sequence; `measure` is called with rising lengths."""
 
-    def __init__(self, dtype: str, lengths: Sequence[int], chunk: int, texts: Mapping, seed: int):
+    def __init__(self, dtype: str, chunk: int, texts: Mapping, seed: int):
         self.config, params = load_params(locate("nano"), dtype=dtype)
         self.chunk, self.texts, self.seed = chunk, texts, seed
         self.device = jax.local_devices()[0]
@@ -66,13 +71,17 @@ class Study:
         self._steps = Steps(self.config, self.params, 1, dtype)
         self._hay = np.asarray(texts["hay"], np.int32)
         self._done, self._cache = 0, None
-        # Two at a time, and all before the first reading, so that no clock counts a compilation.
+        self._lightning_loop = loop(self._lightning, LOOP)
+        self._softmax_loops = {steps: loop(self._softmax, steps) for steps in (LOOP, FEW)}
+
+    def compile(self, lengths: Sequence[int]) -> None:
+        """Compiles for `lengths`, several programs at a time; no clock is to count it."""
         begin = time.perf_counter()
         for future in self._steps.compile([key for length in lengths for key in (
-                ("prefill", chunk, self._room(length)), ("decode", 1, self._room(length)))]):
+                ("prefill", self.chunk, self._room(length)), ("decode", 1, self._room(length)))]):
             future.result()
-        print(f"compiled for {len(lengths)} lengths in {dtype}: "
-              f"{time.perf_counter() - begin:.0f} s", flush=True)
+        print(f"compiled for {len(lengths)} lengths: {time.perf_counter() - begin:.0f} s",
+              flush=True)
 
     def _room(self, length: int) -> int:
         return max(length + SPARE, self.chunk)
@@ -141,10 +150,13 @@ class Study:
     def _decode_ms(self, cache: Cache, length: int, method: Method) -> dict[str, Any]:
         """Times of the parts of a step after `length` tokens; states run on meanwhile."""
         copy = partial(jax.tree.map, jnp.copy)
-        runs = {"lightning": lambda: looped(self._lightning, copy(self._carry(cache)), LOOP,
-                                            self.params),
-                "softmax": lambda: looped(partial(self._softmax, length), copy(
-                    self._carry(cache, False)), LOOP if length < 65536 else 4, self.params)}
+        few, last_1 = LOOP if length < 65536 else FEW, jnp.full(1, length - 1, jnp.int32)
+        runs = {"lightning": lambda: looped(
+                    self._lightning, copy(self._carry(cache)), LOOP, self.params,
+                    program=self._lightning_loop),
+                "softmax": lambda: looped(
+                    self._softmax, copy(self._carry(cache, False)), few, self.params, last_1,
+                    program=self._softmax_loops[few])}
         parts = {name: in_turns({name: make}, method)[name] for name, make in runs.items()}
         parts["whole"] = in_turns({"whole": lambda: self._whole(length)}, method)["whole"]
         found: dict[str, Any] = {}
@@ -199,9 +211,8 @@ class Study:
             new.append({"state": state[None]})
         return (new, x_11D), x_11D
 
-    def _softmax(self, length, carry, params):
-        memories, x_11D = carry
-        offsets_1, new = jnp.full(1, length - 1, jnp.int32), []
+    def _softmax(self, carry, params, offsets_1):
+        (memories, x_11D), new = carry, []
         layers = [one for one in self._layers() if one[1] != LIGHTNING]
         for (path, kind, _), memory in zip(layers, memories, strict=True):
             x_11D, (k, v) = self._attention(params, path, kind)(
@@ -314,12 +325,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
     parser.add_argument("--rounds", type=int, default=3, help="of every timing")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=220,
+                        help="after half of which lengths before the last are left out")
     parser.add_argument("--output", type=Path, required=True, help="a directory")
+    parser.add_argument("--plot", action="store_true",
+                        help="measure nothing: draw what the directory holds")
     texts = parser.add_mutually_exclusive_group()
     texts.add_argument("--prepare", type=Path, metavar="FILE", help="write the token ids and end")
     texts.add_argument("--prepared", type=Path, metavar="FILE",
                        help="read them, where the package tokenizers is not installed")
     args = parser.parse_args(argv)
+    if args.plot:
+        draw(json.loads((args.output / "million_tokens.json").read_text()),
+             args.output / "million_tokens.png")
+        return 0
     begin, cpu = time.perf_counter(), jax.default_backend() == "cpu"
     lengths = sorted({int(one) for one in args.lengths.split(",")})
     if lengths[0] < 256 or args.needles < 1:
@@ -350,25 +369,33 @@ def main(argv: Sequence[str]) -> int:
         "rope_theta": load_config("nano").rope_theta, "seed": args.seed, "reach": REACH}
     study, first, tried = None, None, {}
     for dtype in dtypes:  # bfloat16 if it finds at the first length what float32 does
-        report["dtype"], study = dtype, Study(dtype, lengths, chunk, texts, args.seed)
+        report["dtype"], study = dtype, Study(dtype, chunk, texts, args.seed)
+        study.compile(lengths[:1])
         first = study.measure(lengths[0], method)
         tried[dtype] = first["found"]
         if first["found"] == first["asked"]:
             break
-    report |= {"rows": [first], "found_at_first_length": tried}
-    print(f"{HEAD}\n{line(first)}", flush=True)
-    for length in lengths[1:]:
-        report["rows"].append(study.measure(length, method))
+    report |= {"rows": [first], "found_at_first_length": tried, "left_out": []}
+
+    def tell(row):
         report["seconds"] = time.perf_counter() - begin
-        print(line(report["rows"][-1]), flush=True)
+        print(f"{line(row)} {report['seconds']:.0f} s", flush=True)
         _save(report, args.output)
-    _save(report, args.output)
+
+    print(HEAD, flush=True)
+    tell(first)
+    study.compile(lengths[1:])
+    for length in lengths[1:]:
+        if length < lengths[-1] and time.perf_counter() - begin > args.seconds / 2:
+            report["left_out"].append(length)
+            continue
+        report["rows"].append(study.measure(length, method))
+        tell(report["rows"][-1])
     print(f"{time.perf_counter() - begin:.0f} s in all; {args.output}")
     try:
         draw(report, args.output / "million_tokens.png")
     except ImportError:
-        print("No plot: matplotlib is missing. On another machine: "
-              "from benchmarks.million_tokens import draw.")
+        print("No plot: matplotlib is missing. On another machine: --plot with the same --output.")
     return 0
 
 

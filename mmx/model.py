@@ -228,9 +228,11 @@ def step(
     cache = Cache(stacks, offsets_B + lengths_B)
     if logits == "none":
         return None, cache
-    if logits == "last":
-        x = x[:, 0] if x.shape[1] == 1 else last_token(x, lengths_B)[:, 0]
-    return logits_of(config, params, x), cache
+    if logits == "all":
+        return logits_of(config, params, x), cache
+    x = x[:, 0] if x.shape[1] == 1 else last_token(x, lengths_B)[:, 0]
+    # Multiplied where the head lies: else a compiler may gather its weights, not a row of logits.
+    return ops.constrain(logits_of(config, params, x), None, "vocab"), cache
 
 
 def logits_of(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:

@@ -96,18 +96,23 @@ def weights(config: ModelConfig, mesh: Mesh, seed: int, dtype: str, quantize: st
     return params
 
 
+def cache_shapes(config: ModelConfig, ops: MeshOps, batch: int, capacity: int, dtype: str) -> Cache:
+    """The leaves of a cache, abstract, lying as `ops` has them."""
+    shapes = caches.cache_shapes(config, batch, capacity, dtype,
+                                 ops.cache_kv_heads(config.num_kv_heads))
+    return jax.tree.map(
+        lambda leaf, axes: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=ops.sharding(leaf.shape, *axes)),
+        shapes, caches.cache_axes(shapes), is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct))
+
+
 def cache(config: ModelConfig, mesh: Mesh, batch: int, capacity: int, dtype: str,
           seed: int) -> Cache:
     """A cache of `batch` rows full of random numbers, lying as a decode step has it; lengths 0."""
-    ops = MeshOps(mesh, DECODE)
-    shapes = caches.cache_shapes(config, batch, capacity, dtype,
-                                 ops.cache_kv_heads(config.num_kv_heads))
-    leaves, tree = jax.tree.flatten(shapes)
-    axes = tree.flatten_up_to(caches.cache_axes(shapes))
-    drawn = [values(named_key(seed, f"cache{i}"), leaf.shape, leaf.dtype,
-                    ops.sharding(leaf.shape, *names), "normal")
+    leaves, tree = jax.tree.flatten(
+        cache_shapes(config, MeshOps(mesh, DECODE), batch, capacity, dtype))
+    drawn = [values(named_key(seed, f"cache{i}"), leaf.shape, leaf.dtype, leaf.sharding)
              if jnp.issubdtype(leaf.dtype, jnp.floating)
-             else jax.device_put(jnp.zeros(leaf.shape, leaf.dtype),
-                                 ops.sharding(leaf.shape, *names))
-             for i, (leaf, names) in enumerate(zip(leaves, axes, strict=True))]
+             else jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+             for i, leaf in enumerate(leaves)]
     return jax.tree.unflatten(tree, drawn)

@@ -1,7 +1,9 @@
 """A model with random weights on a mesh, and its engine's programs, compiled once and timed."""
 
+import concurrent.futures
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,9 @@ from mmx.bench.whole import STEPS, Job
 from mmx.cache import Cache
 from mmx.config import ModelConfig
 from mmx.engine.steps import Steps
+from mmx.parallel.mesh_ops import MeshOps
 from mmx.plan import programs
+from mmx.sharding.rules import DECODE
 
 # Capacities are multiples of it: any mesh's sequence axis divides them.
 _UNIT = 256
@@ -30,6 +34,9 @@ class Model:
         begin = time.perf_counter()
         self.params = full_arrays.weights(config, mesh, seed, dtype, quantize)
         self.init_s = time.perf_counter() - begin
+        self._programs: dict[tuple, concurrent.futures.Future] = {}
+        self._pool = concurrent.futures.ThreadPoolExecutor(
+            max(2, min(8, (os.cpu_count() or 1) // 4)), thread_name_prefix="compile")
 
     @property
     def weight_bytes(self) -> int:
@@ -47,9 +54,33 @@ class Model:
         return (self._prefill if job.operation == "prefill" else self._decode)(
             job, until, trace, then)
 
-    def _compiled(self, program, cache, ids, lengths) -> tuple[Callable, dict]:
+    def compile_ahead(self, jobs: Iterable[tuple[Job, int]], timeout: float) -> None:
+        """Compiles the programs of (job, then) side by side, and waits for them, `timeout` s at
+        most; `run` waits for its own."""
+        for job, then in jobs:
+            for key in _keys(job, then):
+                self._future(*key)
+        concurrent.futures.wait(self._programs.values(), timeout)
+
+    def _future(self, *key) -> concurrent.futures.Future:
+        if key not in self._programs:
+            self._programs[key] = self._pool.submit(self._compiled, *key)
+        return self._programs[key]
+
+    def _compiled(self, name: str, size: int, capacity: int) -> tuple[Callable, dict]:
+        """The step over `size` tokens of one row ("prefill"), or over a token of `size` rows."""
+        rows = 1 if name == "prefill" else size
+        steps = Steps(self.config, self.params, rows, self.dtype, self.mesh)
+        cache = full_arrays.cache_shapes(
+            self.config, MeshOps(self.mesh, DECODE), rows, capacity, self.dtype)
+
+        def numbers(*shape):
+            return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=steps.sharding)
+
+        program, ids = ((steps._prefill, numbers(1, size)) if name == "prefill" else
+                        (steps._decode, numbers(rows)))
         begin = time.perf_counter()
-        compiled = program.lower(self.params, cache, ids, lengths).compile()
+        compiled = program.lower(self.params, cache, ids, numbers(rows)).compile()
         found = {"compile_s": time.perf_counter() - begin}
         try:
             memory = programs.memory_of(compiled, {"weights": self.weight_bytes})
@@ -68,10 +99,9 @@ class Model:
         pieces = [ids_T[i:i + job.chunk] for i in range(0, job.tokens, job.chunk)]
         padded = [put(np.pad(one, (0, job.chunk - len(one)))[None]) for one in pieces]
         lengths = [put([len(one)]) for one in pieces]
-        cache = steps.init(1, room(len(pieces) * job.chunk + then))
-        program, found = self._compiled(steps._prefill, cache, padded[0], lengths[0])
-        held = [cache]
-        del cache
+        keys = _keys(job, then)
+        program, facts = self._future(*keys[0]).result()
+        found, held = dict(facts), [steps.init(1, keys[0][2])]
 
         def call(count=None):
             cache = steps.reset(held.pop())
@@ -84,8 +114,8 @@ class Model:
         call(1)
         timing = self._timed(call, 1, until)
         if then:
-            decode, more = self._compiled(steps._decode, held[0], put([0]), put([1]))
-            found["continued_compile_s"] = more["compile_s"]
+            decode, facts = self._future(*keys[1]).result()
+            found["continued_compile_s"] = facts["compile_s"]
             cache, id_1, taken, one = held.pop(), put([int(ids_T[0])]), [], put([1])
             for _ in range(then):
                 begin = time.perf_counter()
@@ -110,11 +140,12 @@ class Model:
         ids = [put(row) for row in np.random.default_rng(self.seed).integers(
             0, self.config.vocab_size, (STEPS, B))]
         active_B = put(np.ones(B))
-        cache = full_arrays.cache(self.config, self.mesh, B, room(job.tokens + STEPS), self.dtype,
-                                  self.seed)
-        where = cache.lengths_B.sharding
-        program, found = self._compiled(steps._decode, cache, ids[0], active_B)
-        held = [cache]
+        (key,) = _keys(job)
+        # Compiled first: the compiler tries kernels out on memory of the same allocator.
+        program, facts = self._future(*key).result()
+        found, capacity = dict(facts), key[2]
+        cache = full_arrays.cache(self.config, self.mesh, B, capacity, self.dtype, self.seed)
+        where, held = cache.lengths_B.sharding, [cache]
         del cache
 
         def call(count=STEPS):
@@ -140,6 +171,14 @@ class Model:
             call()
             seconds.append((time.perf_counter() - begin) / steps)
         return Timing(tuple(seconds), steps)
+
+
+def _keys(job: Job, then: int = 0) -> list[tuple[str, int, int]]:
+    """The programs of a job, and of the decode steps that follow it: name, size, capacity."""
+    if job.operation == "decode":
+        return [("decode", job.batch, room(job.tokens + STEPS))]
+    capacity = room(-(-job.tokens // job.chunk) * job.chunk + then)
+    return [("prefill", job.chunk, capacity)] + [("decode", 1, capacity)] * bool(then)
 
 
 def room(tokens: int) -> int:

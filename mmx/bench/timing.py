@@ -53,12 +53,13 @@ class Timing:
 
 
 def in_turns(runs: Mapping[str, Callable[[], Run]], method: Method,
-             clock: Callable[[], float] = time.perf_counter) -> dict[str, Timing | str]:
+             clock: Callable[[], float] = time.perf_counter, until: float = math.inf
+             ) -> dict[str, Timing | str]:
     """Times what each of `runs` makes; a failure gives its first sentence in place of a Timing.
 
     Each is made and performed twice before the clock counts (compilation, first touch). Then every
     round performs each once, starting one further along each time, so that a drift of the machine's
-    speed reaches all alike.
+    speed reaches all alike. After the first no round begins once the clock reads `until`.
     """
     made: dict[str, tuple[Run, int]] = {}
     found: dict[str, list[float]] = {name: [] for name in runs}
@@ -72,6 +73,8 @@ def in_turns(runs: Mapping[str, Callable[[], Run]], method: Method,
         except Exception as error:
             failed[name] = first_sentence(error)
     for round_ in range(method.rounds):
+        if round_ and clock() > until:
+            break
         names = list(made)
         shift = round_ % max(len(names), 1)
         for name in names[shift:] + names[:shift]:
@@ -131,18 +134,24 @@ def dispatched(program: Callable, *args: Any) -> Run:
     return Run(call)
 
 
-def looped(step: Callable, carry: Any, steps: int, *args: Any) -> Run:
-    """A jitted loop of `steps` calls of `step(carry, *args)`, whose carry stays where it lies.
-
-    For steps shorter than a dispatch. `step` returns (carry, out); out is kept, so that nothing of
-    it is left out.
-    """
-    out = jax.eval_shape(lambda carry, *args: step(carry, *args)[1], carry, *args)
-
+def loop(step: Callable, steps: int) -> Callable:
+    """The jitted loop of `looped`; kept for several carries, it compiles once for each shape."""
     @partial(jax.jit, donate_argnums=(0, 1))
     def program(carry, out, *args):
         return jax.lax.fori_loop(0, steps, lambda _, held: step(held[0], *args), (carry, out))
 
+    return program
+
+
+def looped(step: Callable, carry: Any, steps: int, *args: Any, program: Callable | None = None
+           ) -> Run:
+    """A jitted loop of `steps` calls of `step(carry, *args)`, whose carry stays where it lies.
+
+    For steps shorter than a dispatch. `step` returns (carry, out); out is kept, so that nothing of
+    it is left out. `program` is `loop(step, steps)`, where it is there already.
+    """
+    out = jax.eval_shape(lambda carry, *args: step(carry, *args)[1], carry, *args)
+    program = program or loop(step, steps)
     held = [(carry, jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), out))]
 
     def call(count):

@@ -5,6 +5,7 @@ batch needs, and sampling settings multiply no model program.
 """
 
 import math
+import os
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -83,7 +84,9 @@ class Steps:
         self._lock = threading.Lock()
         self._compiling: dict[Key, Future] = {}
         self._used: set[Key] = set()
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="compile")
+        # A compiler uses several threads by itself.
+        self._pool = ThreadPoolExecutor(max(2, min(8, (os.cpu_count() or 1) // 4)),
+                                        thread_name_prefix="compile")
 
         def program(function, donate=(), static=(), caches_too=False):
             def counted(*args):

@@ -43,6 +43,17 @@ def test_rows_come_in_order_of_weight():
                       "b1c65536", "b16c65536", "b64c65536", "1x262144"]
 
 
+def test_two_devices_keep_sixteen_layers_and_eight_all():
+    def layers(*words):
+        return full_size.kept(*words).num_layers
+
+    assert layers("text01", None, 2, True) == 16 and layers("text01", None, 8, True) == 80
+    assert layers("text01", None, 2, False) == layers("text01", 0, 2, True) == 80
+    assert layers("nano", None, 2, True) == 8 and layers("text01", 24, 2, True) == 24
+    assert full_size.chosen(full_size.kept("text01", None, 2, True), 2, "bfloat16", None) == (
+        "tensor=2")
+
+
 def test_out_of_memory_is_named():
     assert full_size.failure(RuntimeError("RESOURCE_EXHAUSTED: 9 GiB")).startswith("Out of memory")
     assert full_size.failure(RuntimeError("Other.")) == "Other."

@@ -19,7 +19,8 @@ def study_and_rows():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(million_tokens, "REACH", 512)
         texts = million_tokens.prepare(LENGTHS, 2, 0)
-        study = million_tokens.Study("float32", LENGTHS, 256, texts, 0)
+        study = million_tokens.Study("float32", 256, texts, 0)
+        study.compile(LENGTHS)
         yield study, [study.measure(length, Method(1, 0.001)) for length in LENGTHS]
 
 
@@ -50,10 +51,14 @@ def test_a_needle_read_after_others_is_as_if_read_alone(study_and_rows):
 
 def test_the_command_writes_figures_table_and_plot(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    words = ["--lengths=256", "--chunk=256", "--needles=1", "--rounds=1", f"--output={tmp_path}"]
+    # No time: lengths between the first and the last are left out.
+    words = ["--lengths=256,272,288", "--chunk=256", "--needles=1", "--rounds=1", "--seconds=0",
+             f"--output={tmp_path}"]
     assert million_tokens.main(words) == 0
     report = json.loads((tmp_path / "million_tokens.json").read_text())
-    assert [row["tokens"] for row in report["rows"]] == [256]
+    assert [row["tokens"] for row in report["rows"]] == [256, 288] and report["left_out"] == [272]
+    (tmp_path / "million_tokens.png").unlink()
+    assert million_tokens.main(["--plot", f"--output={tmp_path}"]) == 0
     assert million_tokens.HEAD.splitlines()[0] in (tmp_path / "million_tokens.md").read_text()
     assert (tmp_path / "million_tokens.png").stat().st_size > 10_000
     assert "1 of 1" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import pytest
 from tests.tolerances import bound
 
 # MESH/REGIME/ROWS[/int8][/NAME=CHOICE], where rows are of uneven length, tensor=4 has more devices
-# than key/value heads, and a row alone cannot be split over the batch axes; cuDNN is a stand-in; and
+# than key/value heads, and a row alone cannot be split over the batch axes; cuDNN is a stand-in. And
 # skewed/DISPATCH/ROWS/GROUPS/TENSOR.
 QUICK = (
     "data=2,expert=2,tensor=2/decode/4/int8", "expert=2,tensor=4/prefill/4",
