@@ -260,4 +260,5 @@ def _unknown(text: str) -> UserError:
         f"The pod '{text}' is unknown.",
         f"Chips are {', '.join(CHIPS)} with a topology, as in 'v6e:4x8', 'v5p:2x2x4', 'h200:1x8' "
         "(hosts x GPUs) or '2*v6e:16x16' (two slices); types "
-        f"{', '.join(f'{name}-N' for name in SERIES)}; machines {', '.join(MACHINES)}.", near)
+        f"{', '.join(f'{name}-N' for name in SERIES)}; or a cloud's machine type, for example "
+        "ct6e-standard-8t, a3-ultragpu-8g, p5en.48xlarge.", near)

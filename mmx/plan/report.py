@@ -31,6 +31,9 @@ def text(name: str, fit: Fit, largest: Mapping[str, int | None], others: Sequenc
     for what, value in largest.items():
         lines.append(f"  largest {what} that fits: "
                      + (f"{value:,}" if value else "none; not even the smallest"))
+    if fit.kernels:
+        lines += ["", "  kernels in a step: " + ", ".join(
+            f"{name} {count:,} times" for name, count in fit.kernels.items())]
     lines += _traffic(fit)
     if fit.estimate is not None:
         one = fit.estimate

@@ -141,7 +141,8 @@ def _exchange(one: Collective, place: _Place) -> tuple[float, str]:
             speed = min((speed for *_, speed in place.sides), default=place.inside)
             hops = one.shift if place.sides else 1
             stages.append((hops * size / speed, f"{hops} x bytes / {speed:g} GB/s"))
-        return _sum(stages, *_waits(place, inside, outside, 1, one.shift))
+        near, far = (2, 1) if outside == 1 else (1, 2)
+        return _sum(stages, *_waits(place, near, far, 1, one.shift))
     if one.kind in ("all-to-all", "ragged-all-to-all"):
         if outside > 1:
             part = (outside - 1) / outside

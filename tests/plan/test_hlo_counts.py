@@ -128,3 +128,23 @@ def test_the_heaviest_lines_come_first():
     assert told == "all-reduce -> f32[64] in inner_body (r)"
     assert named == "copy -> f32[64] in main (jit(f)/cut)"
     assert sum(size for size, _ in hlo.heaviest(text, 99)) == hlo.bytes_accessed(text)
+
+
+def test_kernels_are_named_by_their_scope_and_counted_as_often_as_they_run():
+    paths = {"a": "jit(step)/while/body/closed_call/shard_map/jit(_call)/hit_experts/pallas_call",
+             "b": "jit(step)/lightning_forward/kernel_cost_flops_5_bytes_7/pallas_call",
+             "c": "jit(step)/while/body/pallas_call", "d": "jit(step)/sort"}
+    calls = "\n".join(f'%{name} = f32[64]{{0}} custom-call(%p), custom_call_target="kernel", '
+                      f'metadata={{op_name="{path}" stack_frame_id=1}}'
+                      for name, path in paths.items())
+    assert hlo.kernels(program(f"%p = f32[64]{{0}} parameter(0)\n{calls}")) == {
+        "hit_experts": 1, "kernel": 1, "lightning_forward": 1}
+    body = LOOP.replace("ROOT %t = (s32[], f32[64]{0}) tuple", f"""{calls.splitlines()[0].replace(
+        "%p", "%x")}
+  ROOT %t = (s32[], f32[64]{{0}}) tuple""")
+    text = program("""%p = f32[64]{0} parameter(0)
+        %z = s32[] constant(0)
+        %in = (s32[], f32[64]{0}) tuple(%z, %p)
+        %w = (s32[], f32[64]{0}) while(%in), condition=%inner_condition, body=%inner_body
+        %y = f32[64]{0} get-tuple-element(%w), index=1""", body)
+    assert hlo.kernels(text) == {"hit_experts": 2}

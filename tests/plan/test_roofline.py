@@ -69,6 +69,9 @@ CASES = {
         2 * (7 / 8 / 450 + 7 * NVLINK_S) + START_S),
     "NVLink to all": (
         ("h200", HOSTS, "all-to-all", ("tensor",), GB, 8), 7 / 8 / 450 + START_S + 7 * NVLINK_S),
+    "NVLink, permute": (
+        ("h200", HOSTS, "collective-permute", ("tensor",), GB, 8, 1),
+        1 / 450 + START_S + NVLINK_S),
     "between hosts": (
         ("h200", HOSTS, "all-gather", ("slice",), GB, 2), 1 / 2 / 50 + START_S + NET_S),
     "between hosts, permute": (
