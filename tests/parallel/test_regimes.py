@@ -64,3 +64,15 @@ def test_every_mesh_equals_one_device():
     errors = measure(CASES)
     assert set(errors) == {"skewed", *CASES}
     assert max(errors.values()) <= bound("tiny_logits"), errors
+
+
+@pytest.mark.multidevice
+def test_words_that_do_not_divide_leave_the_width_to_share():
+    """91 words: both tables lie over all eight devices by their width, and nothing is padded."""
+    done = subprocess.run([sys.executable, "-m", "tests.parallel.vocabulary_worker"],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["errors"]) == 2 and max(found["errors"].values()) <= bound("tiny_logits")
+    assert all(parts == [8, 8] for parts in found["parts"].values()), found["parts"]
+    assert len(found["bytes_kept"]) == 4 and all(found["bytes_kept"].values()), found
