@@ -132,13 +132,16 @@ def test_the_heaviest_lines_come_first():
 
 def test_kernels_are_named_by_their_scope_and_counted_as_often_as_they_run():
     paths = {"a": "jit(step)/while/body/closed_call/shard_map/jit(_call)/hit_experts/pallas_call",
-             "b": "jit(step)/lightning_forward/kernel_cost_flops_5_bytes_7/pallas_call",
-             "c": "jit(step)/while/body/pallas_call", "d": "jit(step)/sort"}
-    calls = "\n".join(f'%{name} = f32[64]{{0}} custom-call(%p), custom_call_target="kernel", '
+             "b": "jit(step)/jit(_product)/kernel_cost_flops_5_bytes_7/experts_product/mpmd_map",
+             "c": "jit(step)/while/body/pallas_call", "d": "jit(step)/top_k"}
+    targets = {"a": "tpu_custom_call", "b": "mosaic_gpu_v2", "c": "triton_kernel_call",
+               "d": "TopK"}
+    calls = "\n".join(f'%{name} = f32[64]{{0}} custom-call(%p), '
+                      f'custom_call_target="{targets[name]}", '
                       f'metadata={{op_name="{path}" stack_frame_id=1}}'
                       for name, path in paths.items())
     assert hlo.kernels(program(f"%p = f32[64]{{0}} parameter(0)\n{calls}")) == {
-        "hit_experts": 1, "kernel": 1, "lightning_forward": 1}
+        "experts_product": 1, "hit_experts": 1, "kernel": 1}
     body = LOOP.replace("ROOT %t = (s32[], f32[64]{0}) tuple", f"""{calls.splitlines()[0].replace(
         "%p", "%x")}
   ROOT %t = (s32[], f32[64]{{0}}) tuple""")
