@@ -225,6 +225,10 @@ def made(known: dict[str, dict], whole: dict | None) -> list[str]:
     lines += ["Kernels in the compiled programs ([kernels.md](kernels.md)); the rest is XLA:", ""]
     lines += [f"- {chip}, {mode}: {several(names)}"
               for (chip, mode), names in sorted(forms.items())]
+    if any(chip == "H200" for chip, _ in forms):
+        lines += ["", "On an H200 cuDNN runs the softmax layers; it builds its programs on a GPU "
+                  "alone, so these rows have blocks in XLA in its place, which move more: the "
+                  "times of long contexts are too high."]
     return lines
 
 

@@ -13,6 +13,9 @@ from mmx.plan.pods import Pod
 from mmx.plan.programs import Job, Memory, compile_step
 
 GIB = 2**30
+# cuDNN builds its programs on a GPU alone.
+GPU_NOTE = ("softmax attention compiled as blocks in XLA, where a GPU takes cuDNN's: its bytes, "
+            "and the time of a long context, are too high")
 _NEED = re.compile(r"\(([\d.]+)([MGT])\) exceeds available|"
                    r"[Uu]sed ([\d.]+)([MGT]) of ([\d.]+)([MGT]) hbm")
 _UNIT = {"M": 2**20, "G": 2**30, "T": 2**40}
@@ -44,6 +47,10 @@ class Fit:
         return self.memory.total <= self.limit
 
     @property
+    def note(self) -> str:
+        return "compiled, not run" + (f"; {GPU_NOTE}" if self.pod.chip.platform == "cuda" else "")
+
+    @property
     def mesh_text(self) -> str:
         return ",".join(f"{name}={size}" for name, size in self.axes.items())
 
@@ -58,7 +65,7 @@ class Fit:
             "fits": self.fits, "limit_bytes": self.limit,
             "bytes_per_device": dataclasses.asdict(self.memory),
             "kernels": dict(self.kernels), "compile_s": round(self.compile_s, 1),
-            "versions": dict(self.versions), "note": "compiled, not run"}
+            "versions": dict(self.versions), "note": self.note}
         found["collectives"] = [
             {"kind": one.kind, "axes": list(one.axes), "count": one.count,
              "bytes": one.bytes, "sent_bytes": one.sent * one.count} for one in self.collectives]

@@ -107,6 +107,8 @@ def test_json_has_every_part():
     assert found["bytes_per_device"]["weights"] == 26 * GIB
     assert found["collectives"][0]["sent_bytes"] == 280 * 2**20
     assert found["kernels"] == {"hit_experts": 80} and found["versions"] == {"jax": "0.10.2"}
+    on_gpu = dataclasses.replace(a_fit(28.0), pod=parse_pod("h200:1x8"))
+    assert "cuDNN" in on_gpu.to_json()["note"] and "cuDNN" in report.text("text01", on_gpu, {}, [])
     assert found["estimate"]["bound"] == "memory" and found["estimate"]["formulas"]
 
 
