@@ -1,5 +1,6 @@
 """Tell whether a job fits a pod, how, and at what traffic, without the pod: the real step is
-compiled for it and not run. Exit code 3 says that it does not fit.
+compiled for it, in half a minute to a few minutes, and not run. Exit code: 0 it fits, 3 it does
+not, 2 a mistake in the command.
 """
 
 import dataclasses
@@ -19,28 +20,32 @@ DOES_NOT_FIT = 3
 @dataclasses.dataclass(frozen=True)
 class PlanSettings:
     model: str = setting("text01", "A preset, or a directory with config.json.", group="Input")
-    pod: str = setting("v6e:4x8", "CHIP:TOPOLOGY, or a cloud's name, for example v5p:2x2x4, "
-                       "h200:1x8 (hosts x GPUs), v6e-32, 2*v6e:16x16.", group="Input")
+    pod: str = setting("v6e:4x8", "CHIP:TOPOLOGY, or a cloud's name. Chips are v4, v5e, v5p, "
+                       "v6e, tpu7x, h200; for example v5p:2x2x4, h200:1x8 (hosts x GPUs), v6e-32, "
+                       "2*v6e:16x16 (two slices).", group="Input")
     mode: str = setting("decode", "decode: a token for each sequence. prefill: a chunk of each "
                         "prompt. long: a chunk of few long prompts. train: one step.",
                         choices=("decode", "prefill", "long", "train"))
     batch: int | None = setting(None, "Sequences at once; 32 (1 for long, 64 to train) if not "
                                 "given.", low=1)
     context: int = setting(8192, "Tokens that each sequence can hold.", low=1)
-    chunk: int = setting(2048, "Tokens of a prompt consumed by one step.", low=1)
-    quantize: str | None = setting(None, "int8 weights.", choices=("int8",))
+    chunk: int = setting(2048, "Tokens of each prompt that one step consumes (prefill, long).",
+                         low=1)
+    quantize: str | None = setting(None, "Hold the large matrices in 8 bits.", choices=("int8",))
     dtype: str = setting("bfloat16", "Number format of weights and activations.",
                          choices=("bfloat16", "float32"))
     kv_dtype: str = setting("bfloat16", "Number format of cached keys and values.",
                             choices=("bfloat16", "float32", "float8_e4m3fn"))
     moe_capacity: float = setting(0.0, "An expert takes at most this multiple of its equal share "
                                   "of a training batch's tokens; 0: all.", low=0)
-    mesh: str | None = setting(None, "Lay the devices out so, for example expert=4,tensor=8.",
+    mesh: str | None = setting(None, "Lay the devices out so, for example expert=4,tensor=8; axes "
+                               "are slice, data, sequence, expert, tensor. The likeliest if not "
+                               "given.",
                                value="AXIS=SIZE,…")
     meshes: int = setting(1, "Compile this many of the likeliest meshes and rank them.", low=1,
                           high=32)
-    search: bool = setting(False, "Find the largest batch and context that fit (more "
-                           "compilations).")
+    search: bool = setting(False, "Find the largest batch and context that fit: two or more "
+                           "compilations more.")
     json: bool = setting(False, "Write one JSON object.", group="Output")
 
 
@@ -55,7 +60,7 @@ def run(call) -> int:
     topology.prepare_environment()
     from mmx.checkpoint import load_config
     from mmx.config import preset, preset_names
-    from mmx.obs import log
+    from mmx.obs.progress import Waiting
     from mmx.plan import fit, meshes, report
     from mmx.plan.pods import parse_pod
     from mmx.plan.programs import Job
@@ -73,12 +78,13 @@ def run(call) -> int:
         chosen = meshes.candidates(job, pod)[:settings.meshes]
     fits = []
     for number, one in enumerate(chosen, 1):
-        log.note(f"compiling {name} for {pod.name} on {one.text} ({number} of {len(chosen)}) …")
-        fits.append(fit.compile_fit(job, pod, one.axes))
+        count = f" ({number} of {len(chosen)})" if len(chosen) > 1 else ""
+        with Waiting(f"compiling {name} for {pod.name} on {one.text}{count} …"):
+            fits.append(fit.compile_fit(job, pod, one.axes))
     fits.sort(key=lambda one: (not one.fits, one.estimate.step_s if one.estimate else 0.0))
     best, found = fits[0], {}
     if settings.search and best.fits:
-        found = {what: fit.largest(best, what, log.note) for what in ("batch", "context")}
+        found = {what: fit.largest(best, what, Waiting) for what in ("batch", "context")}
     if settings.json:
         answer = {"model": name, **best.to_json(), "largest": found or None,
                   "others": [one.to_json() for one in fits[1:]]}

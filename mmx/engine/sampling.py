@@ -14,6 +14,7 @@ from mmx.engine.request import MAX_LOGPROBS, SamplingParams
 
 # Columns of `numbers_BP`; one array per row keeps host-to-device copies few.
 _TEMPERATURE, _TOP_P, _MIN_P, _REPETITION, _PRESENCE, _FREQUENCY, _LOGPROBS = range(7)
+_SIGNLESS = np.int32(0x7FFFFFFF)
 
 
 @jax.tree_util.register_dataclass
@@ -160,18 +161,45 @@ def _draw(logits_BV, state, temperature_B, top_p_B, min_p_B, active_B):
 
 
 def _threshold(scaled_BV, top_k_B, top_p_B):
-    """The least logit that stays under top-k, then top-p of what top-k left."""
+    """The least logit that stays under top-k, then top-p of what top-k left.
+
+    By bisection over the bits of a float32: 32 sums over the row for each, exact, where sorting
+    200,064 logits was most of a TPU's program for the whole model's step.
+    """
     vocab = scaled_BV.shape[-1]
-    sorted_BV = -jnp.sort(-scaled_BV, axis=-1)
-    last_B = jnp.where(top_k_B > 0, jnp.minimum(top_k_B, vocab), vocab) - 1
-    kth_B1 = jnp.take_along_axis(sorted_BV, last_B[:, None], axis=-1)
-    probs_BV = jax.nn.softmax(jnp.where(sorted_BV >= kth_B1, sorted_BV, -jnp.inf), axis=-1)
-    before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # probability of the likelier ids
-    # A rounded sum must not cut ids off when top_p is 1.
-    inside_BV = (before_BV < top_p_B[:, None]) | (top_p_B[:, None] >= 1)
-    count_B = jnp.maximum(jnp.sum(inside_BV, axis=-1), 1)
-    nucleus_B1 = jnp.take_along_axis(sorted_BV, count_B[:, None] - 1, axis=-1)
-    return jnp.maximum(kth_B1, nucleus_B1)[:, 0]
+    order_BV = _order(scaled_BV)
+    wanted_B = jnp.where(top_k_B > 0, jnp.minimum(top_k_B, vocab), vocab)
+    # The k-th best is the least logit with fewer than k above it.
+    kth_B1 = _least(order_BV, lambda above_BV: jnp.sum(above_BV, axis=-1) < wanted_B)[:, None]
+    probs_BV = jax.nn.softmax(jnp.where(order_BV >= kth_B1, scaled_BV, -jnp.inf), axis=-1)
+    # An id stays if the likelier ones have less than p; rounded sums must not cut where p is 1.
+    nucleus_B = _least(order_BV, lambda above_BV: (top_p_B >= 1) | (
+        jnp.sum(jnp.where(above_BV, probs_BV, 0.0), axis=-1) < top_p_B))
+    least_B = jnp.maximum(kth_B1[:, 0], nucleus_B)
+    return jax.lax.bitcast_convert_type(jnp.where(least_B < 0, least_B ^ _SIGNLESS, least_B),
+                                        jnp.float32)
+
+
+def _order(x):
+    """Returns int32 that are ordered as the float32 of `x` are."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ _SIGNLESS, bits)
+
+
+def _least(order_BV, few) -> jax.Array:
+    """The least int32 [B] of which `few` (of what lies above it, bool [B, V]) is true.
+
+    `few` must stay true for all greater ones. -inf is the least that counts.
+    """
+    def halve(_, bounds):
+        low_B, high_B = bounds
+        middle_B = (low_B & high_B) + ((low_B ^ high_B) >> 1)
+        enough_B = few(order_BV > middle_B[:, None])
+        return jnp.where(enough_B, low_B, middle_B + 1), jnp.where(enough_B, middle_B, high_B)
+
+    ends = (-jnp.inf, jnp.inf)
+    bounds = tuple(jnp.full(order_BV.shape[0], _order(jnp.float32(end))) for end in ends)
+    return jax.lax.fori_loop(0, 32, halve, bounds)[1]
 
 
 def _noise(seed_2, index, vocab: int):
@@ -183,9 +211,21 @@ def _noise(seed_2, index, vocab: int):
 def _logprobs(raw_BV, ids_B):
     logprob_BV = jax.nn.log_softmax(raw_BV, axis=-1)
     chosen_B = jnp.take_along_axis(logprob_BV, ids_B[:, None], axis=-1)[:, 0]
-    top_logprob_BK, top_ids_BK = jax.lax.top_k(
-        logprob_BV, min(MAX_LOGPROBS, logprob_BV.shape[-1]))
-    return chosen_B, top_ids_BK.astype(jnp.int32), top_logprob_BK
+    ids_V = jnp.arange(logprob_BV.shape[-1], dtype=jnp.int32)
+
+    def next_best(before, _):
+        # The best of what comes after (value, id) in order: compiled 20 times faster than top_k.
+        value_B1, id_B1 = before
+        later_BV = (logprob_BV < value_B1) | ((logprob_BV == value_B1) & (ids_V > id_B1))
+        value_B1 = jnp.max(jnp.where(later_BV, logprob_BV, -jnp.inf), axis=-1, keepdims=True)
+        id_B1 = jnp.min(jnp.where(later_BV & (logprob_BV == value_B1), ids_V, ids_V.size),
+                        axis=-1, keepdims=True)
+        return (value_B1, id_B1), (value_B1[:, 0], id_B1[:, 0])
+
+    first = (jnp.full_like(chosen_B, jnp.inf)[:, None], jnp.full_like(ids_B, -1)[:, None])
+    _, (top_logprob_KB, top_ids_KB) = jax.lax.scan(
+        next_best, first, length=min(MAX_LOGPROBS, ids_V.size))
+    return chosen_B, top_ids_KB.T, top_logprob_KB.T
 
 
 def _no_logprobs(raw_BV):

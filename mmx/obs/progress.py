@@ -1,6 +1,7 @@
 """Progress of a long loop: a bar with its estimated end on a terminal, log lines otherwise."""
 
 import sys
+import threading
 import time
 
 from mmx.obs import log
@@ -104,3 +105,36 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class Waiting:
+    """Tells that one long step runs: its seconds count up on a terminal, else `title` is a line.
+
+    A context; only process 0 shows anything.
+    """
+
+    def __init__(self, title: str, *, stream=None):
+        self.title, self._stream, self._over = title, stream or sys.stderr, threading.Event()
+
+    def __enter__(self) -> "Waiting":
+        self._start, self._thread = time.monotonic(), None
+        if log.is_speaker() and self._stream.isatty():
+            self._thread = threading.Thread(target=self._draw, daemon=True)
+            self._thread.start()
+        else:
+            log.note(self.title)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._over.set()
+        if self._thread:
+            self._thread.join()
+            self._stream.write("\r\x1b[K")  # the line is for the wait alone
+            self._stream.flush()
+
+    def _draw(self) -> None:
+        while True:
+            self._stream.write(f"\r\x1b[K{self.title} {time.monotonic() - self._start:.0f} s")
+            self._stream.flush()
+            if self._over.wait(1.0):
+                return

@@ -1,5 +1,6 @@
 """Whether a job fits a pod: compiles it, and reckons memory, traffic and time."""
 
+import contextlib
 import dataclasses
 import re
 import time
@@ -12,6 +13,9 @@ from mmx.plan.pods import Pod
 from mmx.plan.programs import Job, Memory, compile_step
 
 GIB = 2**30
+# cuDNN builds its programs on a GPU alone.
+GPU_NOTE = ("softmax attention compiled as blocks in XLA, where a GPU takes cuDNN's: its bytes, "
+            "and the time of a long context, are too high")
 _NEED = re.compile(r"\(([\d.]+)([MGT])\) exceeds available|"
                    r"[Uu]sed ([\d.]+)([MGT]) of ([\d.]+)([MGT]) hbm")
 _UNIT = {"M": 2**20, "G": 2**30, "T": 2**40}
@@ -22,7 +26,9 @@ class Fit:
     """One job compiled for one mesh of a pod; compiled, not run.
 
     memory: of one device. limit: bytes that a device has. collectives: exchanges of one step.
-    estimate: None where the compiler refused the program. compile_s: seconds it took.
+    estimate: None where the compiler refused the program. compile_s: seconds it took. kernels:
+    names of hand-written kernels in the program and how often a step runs them; versions: of jax
+    and of the compiler's package.
     """
 
     job: Job
@@ -33,10 +39,16 @@ class Fit:
     collectives: tuple[hlo.Collective, ...]
     estimate: roofline.Estimate | None
     compile_s: float
+    kernels: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
         return self.memory.total <= self.limit
+
+    @property
+    def note(self) -> str:
+        return "compiled, not run" + (f"; {GPU_NOTE}" if self.pod.chip.platform == "cuda" else "")
 
     @property
     def mesh_text(self) -> str:
@@ -52,7 +64,8 @@ class Fit:
             "kv_dtype": self.job.kv_dtype, "layers": config.num_layers,
             "fits": self.fits, "limit_bytes": self.limit,
             "bytes_per_device": dataclasses.asdict(self.memory),
-            "compile_s": round(self.compile_s, 1), "note": "compiled, not run"}
+            "kernels": dict(self.kernels), "compile_s": round(self.compile_s, 1),
+            "versions": dict(self.versions), "note": self.note}
         found["collectives"] = [
             {"kind": one.kind, "axes": list(one.axes), "count": one.count,
              "bytes": one.bytes, "sent_bytes": one.sent * one.count} for one in self.collectives]
@@ -70,6 +83,7 @@ def compile_fit(job: Job, pod: Pod, axes: Mapping[str, int]) -> Fit:
     """Compiles the job's step for the pod; a refusal for lack of memory is an answer, too."""
     mesh = topology.make_mesh(pod, dict(axes))
     begin, limit = time.perf_counter(), int(pod.chip.hbm_gib * GIB)
+    versions = topology.versions(pod)
     try:
         compiled, memory = compile_step(job, mesh)
     except UserError:
@@ -84,12 +98,14 @@ def compile_fit(job: Job, pod: Pod, axes: Mapping[str, int]) -> Fit:
             weights=held.weights, keys_values=held.keys_values,
             states=0 if train else held.states, optimizer=held.states if train else 0, other=0,
             temporaries=max(total - held.held, 0), total=max(total, limit + 1))
-        return Fit(job, pod, axes, memory, limit, (), None, time.perf_counter() - begin)
+        return Fit(job, pod, axes, memory, limit, (), None, time.perf_counter() - begin,
+                   versions=versions)
     spent, text = time.perf_counter() - begin, compiled.as_text()
     exchanged = tuple(hlo.collectives(text, mesh))
     estimate = roofline.estimate(
         hlo.dots_by_type(text), hlo.bytes_accessed(text), exchanged, pod.chip, mesh)
-    return Fit(job, pod, axes, memory, limit, exchanged, estimate, spent)
+    return Fit(job, pod, axes, memory, limit, exchanged, estimate, spent, hlo.kernels(text),
+               versions)
 
 
 def _needed(message: str) -> int | None:
@@ -103,11 +119,11 @@ def _needed(message: str) -> int | None:
     return int(float(number) * _UNIT[unit])
 
 
-def largest(fit: Fit, what: str, told: Callable[[str], None] = lambda text: None) -> int | None:
+def largest(fit: Fit, what: str, waiting: Callable = contextlib.nullcontext) -> int | None:
     """Returns the largest "batch" or "context" that still fits; None if not even the smallest.
 
     The memory of the compiled job says where to look, and a compilation confirms it; each refusal
-    lowers the guess by a twentieth.
+    lowers the guess by a twentieth. `waiting(text)` gives a context for each compilation.
     """
     job, memory = fit.job, fit.memory
     unit = meshes.batch_step(job, fit.axes) if what == "batch" else 1024
@@ -123,8 +139,8 @@ def largest(fit: Fit, what: str, told: Callable[[str], None] = lambda text: None
         guess = min(guess, 1 << 30)
     while guess >= unit:
         guess = guess // unit * unit
-        told(f"trying {what}={guess:,}")
-        tried = compile_fit(dataclasses.replace(job, **{what: guess}), fit.pod, fit.axes)
+        with waiting(f"compiling {what}={guess:,} on {fit.mesh_text} …"):
+            tried = compile_fit(dataclasses.replace(job, **{what: guess}), fit.pod, fit.axes)
         if tried.fits:
             return guess
         guess = min(guess - unit, int(guess * 0.95))

@@ -201,6 +201,28 @@ def bytes_accessed(text: str) -> float:
     return float(total["bytes"])
 
 
+def kernels(text: str) -> dict[str, int]:
+    """Names of the Pallas and Triton kernels that one run calls, and how often."""
+    def own(place: Computation, line: Instruction) -> collections.Counter:
+        written = line.op == "custom-call" and _KERNEL.match(line.target)
+        return collections.Counter({_kernel_name(line.source): 1} if written else {})
+
+    total = _total(hlo_text.parse(text), own, lambda counts: sum(counts.values()))
+    return {name: int(count) for name, count in sorted(total.items())}
+
+
+_KERNEL = re.compile(r"tpu_custom_call|mosaic_gpu|triton")
+# Scopes that name no kernel.
+_SCOPES = re.compile(r"\w+\(.*\)|kernel_cost_\w+|while|body|closed_call|shard_map|cond|branch_\w+|"
+                     r"checkpoint|remat\w*|custom_[jv]\w+|pjit|\w+_call|mpmd_map")
+
+
+def _kernel_name(source: str) -> str:
+    """The innermost scope round the call that somebody gave a name."""
+    return next((scope for scope in reversed(source.split("/"))
+                 if scope and not _SCOPES.fullmatch(scope)), "kernel")
+
+
 def heaviest(text: str, count: int = 10) -> list[tuple[float, str]]:
     """Returns the `count` lines that move the most bytes in one run: bytes, and what they are.
 

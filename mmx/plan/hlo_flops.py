@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from mmx.plan.hlo_text import Computation, Instruction, numbers
+from mmx.plan.hlo_text import Computation, Instruction, Leaf, numbers
 
 
 def counted(place: Computation, line: Instruction) -> collections.Counter:
-    """Operations of `line` by the element type of its first operand; none for other lines."""
+    """Operations of `line` by the element type of its first operand; none for other lines.
+
+    float32 counts as "tf32" unless the line asks for the highest precision.
+    """
     counts: collections.Counter = collections.Counter()
     if line.op not in ("dot", "convolution", "custom-call"):
         return counts
@@ -20,20 +23,25 @@ def counted(place: Computation, line: Instruction) -> collections.Counter:
     if line.op == "dot":
         over = numbers(line.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or "")
         lhs = operands[0][0]
-        counts[lhs.dtype] += 2 * out * float(np.prod([lhs.dims[dim] for dim in over]))
+        counts[_kind(line, lhs)] += 2 * out * float(np.prod([lhs.dims[dim] for dim in over]))
     elif line.op == "convolution":
-        counts[operands[0][0].dtype] += _convolution(line, operands[0][0].dims,
-                                                     operands[1][0].dims)
+        counts[_kind(line, operands[0][0])] += _convolution(
+            line, operands[0][0].dims, operands[1][0].dims)
     elif line.target.startswith(("__cublas$", "__cublas_lt")):
         over = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', line.attributes)
         lhs = operands[0][0]
-        counts[lhs.dtype] += 2 * out * float(np.prod(
+        counts[_kind(line, lhs)] += 2 * out * float(np.prod(
             [lhs.dims[dim] for dim in numbers(over[1])] if over else 1))
     elif estimate := _cost_estimate(line):
         counts["kernel"] += float(estimate.get("flops", 0))
     elif line.kernel_cost:
         counts["kernel"] += line.kernel_cost[0]
     return counts
+
+
+def _kind(line: Instruction, lhs: Leaf) -> str:
+    exact = re.search(r"operand_precision[^}\]]*highest", line.attributes, re.IGNORECASE)
+    return "tf32" if lhs.dtype == "f32" and not exact else lhs.dtype
 
 
 def _cost_estimate(line: Instruction) -> dict[str, Any]:

@@ -40,6 +40,20 @@ class Chip:
     largest: int = 256       # chips in one slice
     d2d_gbps: float | None = None
     headroom_gib: float = 0.0
+    tf32_tflops: float | None = None
+    f32_tflops: float | None = None
+
+    def tops(self, kind: str) -> float:
+        """1e12 operations per second in products of an element type, or of "tf32".
+
+        "f32" are float32 products of full precision, "tf32" those that the compiler may round. A
+        TPU does the first in six passes of bfloat16, the second in one.
+        """
+        if kind in ("s8", "u8"):
+            return self.int8_tops or self.bf16_tflops
+        if kind == "f32":
+            return self.f32_tflops or self.bf16_tflops / 6
+        return (self.tf32_tflops if kind == "tf32" else None) or self.bf16_tflops
 
     @property
     def chips_per_host(self) -> int:
@@ -48,12 +62,14 @@ class Chip:
 
 # Memory of TPUs: "exceeds available HBM" of the compiler (libtpu 0.0.42). The rest: the pages of
 # Google Cloud named beside each chip ("Bidirectional ICI bandwidth per chip" over ports over two;
-# "DCN bandwidth per chip" times the four chips of a host).
+# "DCN bandwidth per chip" times the four chips of a host), read again in November 2026: rates,
+# bandwidths, ports and chips in a pod are theirs for v5e, v5p, v6e and tpu7x.
 CHIPS = {chip.name: chip for chip in (
     # docs.cloud.google.com/tpu/docs/v4: 275 bf16 and int8, 1228 GB/s, 6 ports of 50 GB/s; its two
     # cores compiled as one ("megacore"; apart they have 15.25 each); DCN taken as v5p's.
     Chip("v4", "tpu", 1, 30.75, 1228, 275, 275, 50, 6, 25, 4, dims=3, largest=4096),
-    # .../tpu/docs/v5e: 197 and 393, 819 GB/s, 400 GB/s over 4 ports, 6.4 Tbit/s for 256 chips.
+    # .../tpu/docs/v5e: 197 and 393, 819 GB/s (800 GiB/s in another edition of the page), 400 GB/s
+    # over 4 ports, 6.4 Tbit/s for 256 chips.
     Chip("v5e", "tpu", 1, 15.75, 819, 197, 393, 50, 4, 12.5, 4),
     # .../tpu/docs/v5p: 459, 2765 GB/s, 1200 GB/s over 6 ports, 50 Gbit/s; int8 918 of the launch
     # announcement (cloud.google.com/blog, December 2023).
@@ -64,11 +80,12 @@ CHIPS = {chip.name: chip for chip in (
     # all per chip of two devices; their own link is six times one of ICI.
     Chip("tpu7x", "tpu", 2, 94.74, 3690, 1153.5, None, 50, 6, 50, 8, dims=3, largest=9216,
          d2d_gbps=600),
-    # NVIDIA's H200 SXM data sheet: 989 and 1979 dense, 4.8 TB/s, NVLink 900 GB/s both ways in 18
-    # links; 8 x 400 Gbit/s per host (cloud.google.com, A3 Ultra). 139 GiB is what the allocator of
+    # NVIDIA's H200 SXM data sheet: 989 and 1979 dense (half of what it says with sparsity), tf32
+    # 494 dense, float32 67, 4.8 TB/s, NVLink 900 GB/s both ways in 18 links; 8 x 400 Gbit/s per
+    # host (cloud.google.com, A3 Ultra). 139 GiB is what the allocator of
     # jax gets of the whole; 5 of them are left to NCCL, cuBLAS and the programs themselves.
     Chip("h200", "cuda", 1, 139.0 - 5.0, 4800, 989, 1979, 25, 18, 400, 8, largest=4096,
-         headroom_gib=5.0),
+         headroom_gib=5.0, tf32_tflops=494, f32_tflops=67),
 )}
 
 # Machine types: one host each. A topology after a colon makes a slice of such hosts.
@@ -243,4 +260,5 @@ def _unknown(text: str) -> UserError:
         f"The pod '{text}' is unknown.",
         f"Chips are {', '.join(CHIPS)} with a topology, as in 'v6e:4x8', 'v5p:2x2x4', 'h200:1x8' "
         "(hosts x GPUs) or '2*v6e:16x16' (two slices); types "
-        f"{', '.join(f'{name}-N' for name in SERIES)}; machines {', '.join(MACHINES)}.", near)
+        f"{', '.join(f'{name}-N' for name in SERIES)}; or a cloud's machine type, for example "
+        "ct6e-standard-8t, a3-ultragpu-8g, p5en.48xlarge.", near)

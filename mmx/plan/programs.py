@@ -48,6 +48,9 @@ class Job:
     moe_capacity: float = 0.0
 
     def __post_init__(self):
+        if self.mode == "train" and self.quantize:
+            raise UserError("Training does not use int8 weights.", "Parameters are float32.",
+                            "Leave out --quantize.")
         if self.mode not in MODES:
             raise UserError(f"The mode '{self.mode}' is unknown.", f"It is {', '.join(MODES)}.",
                             "Correct --mode.")
@@ -185,9 +188,6 @@ def _train(job: Job, ops: MeshOps, params):
     from mmx.train.optimizer import make_optimizer
     from mmx.train.step import StepConfig, gradients, init_state
 
-    if job.quantize:
-        raise UserError("Training does not use int8 weights.", "Parameters are float32.",
-                        "Leave out --quantize.")
     optimizer = make_optimizer(OptimizerConfig())
     how = StepConfig(dtype=job.dtype, remat=True, moe_capacity=job.moe_capacity)
     whole = NamedSharding(ops.mesh, P())

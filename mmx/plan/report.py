@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from mmx.plan.fit import GIB, Fit
+from mmx.plan.fit import GIB, GPU_NOTE, Fit
 
 _PARTS = (("weights", "weights"), ("keys_values", "keys and values"),
           ("states", "lightning states"), ("optimizer", "optimiser moments"),
@@ -31,6 +31,9 @@ def text(name: str, fit: Fit, largest: Mapping[str, int | None], others: Sequenc
     for what, value in largest.items():
         lines.append(f"  largest {what} that fits: "
                      + (f"{value:,}" if value else "none; not even the smallest"))
+    if fit.kernels:
+        lines += ["", "  kernels in a step: " + ", ".join(
+            f"{name} {count:,} times" for name, count in fit.kernels.items())]
     lines += _traffic(fit)
     if fit.estimate is not None:
         one = fit.estimate
@@ -39,6 +42,8 @@ def text(name: str, fit: Fit, largest: Mapping[str, int | None], others: Sequenc
                   f"    compute {_time(one.compute_s)}, memory {_time(one.memory_s)}, network "
                   f"{_time(one.network_s)}; {job.tokens / one.step_s:,.0f} tokens/s at most",
                   f"    ({one.label})"]
+        if pod.chip.platform == "cuda":
+            lines.append(f"    ({GPU_NOTE})")
         # The terms that matter; --json has all.
         lines += [f"    {formula}" for formula in one.formulas
                   if formula.startswith(("compute", "memory"))]

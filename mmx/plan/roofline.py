@@ -11,9 +11,12 @@ from mmx.plan.hlo import Collective
 from mmx.plan.pods import Chip, wraps
 
 LABEL = "estimate from counts and data sheets; not measured"
-# One hop between neighbouring TPUs (jax-ml.github.io/scaling-book, "Sharded Matrices"). For GPUs
-# and between hosts the time of starting an exchange is not counted.
+# One hop between neighbouring TPUs (jax-ml.github.io/scaling-book, "Sharded Matrices").
 HOP_S = 1e-6
+# An exchange of GPUs by NCCL: its start, one step of a ring over NVLink, one between hosts (the
+# latencies of protocol LL in src/graph/tuning.cc of github.com/NVIDIA/nccl, release 2.19). Between
+# slices of TPUs nothing is counted.
+START_S, NVLINK_S, NET_S = 6.6e-6, 0.6e-6, 2.7e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +48,8 @@ def estimate(flops: float | Mapping[str, float], hbm_bytes: float,
              collectives: Sequence[Collective], chip: Chip, mesh: Any) -> Estimate:
     """Returns the roofline of one step on one device.
 
-    `flops` counts operations, altogether or by element type (`mmx.plan.hlo.dots_by_type`): "s8" and
-    "u8" run at the int8 rate where one is published, all others at bfloat16's. `mesh` is that of
+    `flops` counts operations, altogether or by element type (`mmx.plan.hlo.dots_by_type`), which
+    run at the rates of `Chip.tops`; kernels that tell no type at bfloat16's. `mesh` is that of
     the program; its devices' places tell torus from network. Sources: ring and torus formulas of
     jax-ml.github.io/scaling-book, "Sharded Matrices"; a group over slices or hosts exchanges in two
     stages.
@@ -54,8 +57,7 @@ def estimate(flops: float | Mapping[str, float], hbm_bytes: float,
     kinds = flops if isinstance(flops, Mapping) else {"bf16": flops}
     compute, formulas = 0.0, []
     for kind, count in kinds.items():
-        fast = kind in ("s8", "u8") and chip.int8_tops is not None
-        rate = chip.int8_tops if fast else chip.bf16_tflops
+        rate = chip.tops(kind)
         compute += count / (rate * 1e12)
         formulas.append(f"compute: {count:.4g} operations ({kind}) / {rate:g}e12 per second "
                         f"= {_told(count / (rate * 1e12))}")
@@ -89,6 +91,7 @@ class _Place:
     dcn: float
     sides: tuple[tuple[int, bool, float], ...]
     inside: float
+    gpus: bool = False
 
     @property
     def ring(self) -> float:
@@ -109,7 +112,7 @@ def _place(axes: tuple[str, ...], chip: Chip, mesh: Any) -> _Place:
         return _Place(1, dcn, ((len(group), True, chip.ici_gbps_per_link),), 0.0)
     if chip.platform == "cuda":
         hosts = len({(device.coords[0], device.coords[1]) for device in group})
-        return _Place(hosts, dcn, (), chip.ici_gbps_per_link * chip.links)
+        return _Place(hosts, dcn, (), chip.ici_gbps_per_link * chip.links, gpus=True)
     slices = [getattr(device, "slice_index", None) or 0 for device in group]
     part = [device for device, number in zip(group, slices, strict=True) if number == slices[0]]
     extent = np.array([device.coords for device in mesh.devices.flat]).max(0) + 1
@@ -138,7 +141,8 @@ def _exchange(one: Collective, place: _Place) -> tuple[float, str]:
             speed = min((speed for *_, speed in place.sides), default=place.inside)
             hops = one.shift if place.sides else 1
             stages.append((hops * size / speed, f"{hops} x bytes / {speed:g} GB/s"))
-        return _sum(stages, one.shift if place.sides else 0)
+        near, far = (2, 1) if outside == 1 else (1, 2)
+        return _sum(stages, *_waits(place, near, far, 1, one.shift))
     if one.kind in ("all-to-all", "ragged-all-to-all"):
         if outside > 1:
             part = (outside - 1) / outside
@@ -154,7 +158,7 @@ def _exchange(one: Collective, place: _Place) -> tuple[float, str]:
         elif inside > 1:
             stages.append(((inside - 1) / inside * size / outside / place.inside,
                            f"{_share(inside)} x bytes / {place.inside:g} GB/s"))
-        return _sum(stages, place.hops)
+        return _sum(stages, *_waits(place, inside, outside, 1, place.hops))
     if inside > 1:
         stages.append((twice * (inside - 1) / inside * size / place.ring,
                        f"{'2 x ' if twice == 2 else ''}{_share(inside)} x bytes / "
@@ -163,13 +167,24 @@ def _exchange(one: Collective, place: _Place) -> tuple[float, str]:
         stages.append((twice * (outside - 1) / outside * size / inside / place.dcn,
                        f"{'2 x ' if twice == 2 else ''}{_share(outside)} x bytes"
                        f"{f' / {inside}' if inside > 1 else ''} / {place.dcn:g} GB/s of DCN"))
-    return _sum(stages, twice * place.hops)
+    return _sum(stages, *_waits(place, inside, outside, twice, twice * place.hops))
 
 
-def _sum(stages: list[tuple[float, str]], hops: int) -> tuple[float, str]:
-    seconds = sum(time for time, _ in stages) / 1e9 + hops * HOP_S
-    told = " + ".join(text for _, text in stages) + (f" + {hops} hops of 1 us" if hops else "")
-    return seconds, f"{told} = {_told(seconds)}"
+def _waits(place: _Place, inside: int, outside: int, twice: int, hops: int) -> tuple[float, str]:
+    """Seconds that an exchange takes whatever its bytes, and how they were reckoned."""
+    if not place.gpus:
+        hops = hops if place.sides else 0
+        return hops * HOP_S, f" + {hops} hops of 1 us" if hops else ""
+    near, far = twice * (inside - 1), twice * (outside - 1)
+    told = f" + a start of {START_S * 1e6:g} us" + "".join(
+        f" + {steps} steps of {each * 1e6:g} us"
+        for steps, each in ((near, NVLINK_S), (far, NET_S)) if steps)
+    return START_S + near * NVLINK_S + far * NET_S, told
+
+
+def _sum(stages: list[tuple[float, str]], waits: float, waited: str) -> tuple[float, str]:
+    seconds = sum(time for time, _ in stages) / 1e9 + waits
+    return seconds, f"{' + '.join(text for _, text in stages)}{waited} = {_told(seconds)}"
 
 
 def _share(count: int) -> str:

@@ -1,5 +1,6 @@
 """Devices of pods that are not there, for compilation alone, and meshes over them."""
 
+import importlib.metadata
 import importlib.resources
 import importlib.util
 import math
@@ -31,6 +32,12 @@ def prepare_environment() -> None:
             raise UserError("jax has already started on an accelerator.",
                             "Planning compiles for devices that are not there.",
                             "Start a new process with JAX_PLATFORMS=cpu.")
+
+
+def versions(pod: Pod) -> dict[str, str]:
+    """Returns the versions of jax and of the package that holds the pod's compiler."""
+    names = ("jax", "libtpu" if pod.chip.platform == "tpu" else "jax-cuda13-plugin")
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def devices(pod: Pod) -> list[Any]:

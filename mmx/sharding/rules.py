@@ -56,16 +56,19 @@ TRAIN = Rules(embed=("data", "sequence", "expert"), batch=("slice", "data", "exp
 SERVING = Rules()
 REGIMES = {"decode": DECODE, "prefill": PREFILL, "long": LONG, "train": TRAIN, "serving": SERVING}
 
-# Fewer key/value heads than devices are copied rather than refused, and 200,064 words lie over as
-# many axes as divide them: both are small.
+# Fewer key/value heads than devices are copied rather than refused. 200,064 words lie over as many
+# axes as divide them, and the width of the two tables over the rest: no row is padding.
 _MAY_BE_WHOLE = ("kv_heads", "embed", "vocab")
 
 
 def axes_of(rules: Rules, mesh: Mesh, logical: str | None, size: int,
-            used: Sequence[str] = ()) -> Axes:
-    """Returns the longest prefix of a rule's mesh axes, not in `used`, that divides `size`."""
+            used: Sequence[str] = (), more: Sequence[str] = ()) -> Axes:
+    """Returns the longest prefix of a rule's mesh axes, not in `used`, that divides `size`.
+
+    `more` axes are tried after the rule's own.
+    """
     names: list[str] = []
-    for name in getattr(rules, logical) if logical else ():
+    for name in dict.fromkeys((*getattr(rules, logical), *more)) if logical else ():
         parts = mesh.shape.get(name, 1)
         if parts == 1 or name in used:
             continue
@@ -80,9 +83,12 @@ def partition(rules: Rules, mesh: Mesh, shape: Sequence[int],
     """Returns how an array of `shape` with `logical` axes lies; an axis is used once."""
     used: list[str] = []
     entries: list[Any] = []
+    left: Axes = ()
     for size, name in zip(shape, logical, strict=True):
-        axes = axes_of(rules, mesh, name, size, used)
+        axes = axes_of(rules, mesh, name, size, used, left if name == "embed" else ())
         used += axes
+        if name == "vocab":
+            left = rules.vocab
         entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
     return PartitionSpec(*entries)
 

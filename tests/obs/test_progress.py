@@ -1,9 +1,10 @@
 import io
+import time
 
 import pytest
 
 from mmx.obs import log, memory, progress
-from mmx.obs.progress import Progress, duration
+from mmx.obs.progress import Progress, Waiting, duration
 
 
 class Terminal(io.StringIO):
@@ -89,3 +90,14 @@ def test_memory_summary():
     block[::4096] = b"x" * len(block[::4096])
     assert memory.host_peak_bytes() >= before
     assert memory.summary().startswith("peak memory ")
+
+
+def test_a_wait_counts_up_on_a_terminal_and_is_a_line_elsewhere(capsys):
+    out = Terminal()
+    with Waiting("compiling …", stream=out):
+        while "compiling … 0 s" not in out.getvalue():
+            time.sleep(0.01)
+    assert out.getvalue().endswith("\r\x1b[K")
+    with Waiting("compiling …", stream=io.StringIO()):
+        pass
+    assert capsys.readouterr().err == "compiling …\n"

@@ -11,8 +11,8 @@ import pytest
 from tests.tolerances import bound
 
 # MESH/REGIME/ROWS[/int8][/NAME=CHOICE], where rows are of uneven length, tensor=4 has more devices
-# than key/value heads, and a row alone cannot be split over the batch axes; cuDNN is a stand-in. And
-# skewed/DISPATCH/ROWS/GROUPS/TENSOR.
+# than key/value heads, and a row alone cannot be split over the batch axes; cuDNN is a stand-in.
+# And skewed/DISPATCH/ROWS/GROUPS/TENSOR.
 QUICK = (
     "data=2,expert=2,tensor=2/decode/4/int8", "expert=2,tensor=4/prefill/4",
     "sequence=2,expert=2,tensor=2/long/1/dispatch=all_to_all", "data=2,sequence=2,expert=2/train/4",
@@ -122,3 +122,15 @@ def test_every_regime_over_processes_equals_one_device(pod):
     errors = measure_pod(pod, PODS[pod])
     assert set(errors) == set(PODS[pod])
     assert max(errors.values()) <= bound("tiny_logits"), errors
+
+
+@pytest.mark.multidevice
+def test_words_that_do_not_divide_leave_the_width_to_share():
+    """91 words: both tables lie over all eight devices by their width, and nothing is padded."""
+    done = subprocess.run([sys.executable, "-m", "tests.parallel.vocabulary_worker"],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["errors"]) == 2 and max(found["errors"].values()) <= bound("tiny_logits")
+    assert all(parts == [8, 8] for parts in found["parts"].values()), found["parts"]
+    assert len(found["bytes_kept"]) == 4 and all(found["bytes_kept"].values()), found

@@ -59,7 +59,8 @@ def test_a_mesh_in_another_form_is_refused(text):
         parse_axes(text)
 
 
-@pytest.mark.parametrize("change", [{"mode": "serve"}, {"batch": 0}, {"context": -1}])
+@pytest.mark.parametrize("change", [{"mode": "serve"}, {"batch": 0}, {"context": -1},
+                                    {"mode": "train", "quantize": "int8"}])
 def test_a_job_out_of_range_is_refused(change):
     with pytest.raises(UserError):
         Job(TEXT01, **change)
@@ -83,14 +84,16 @@ def a_fit(total_gib: float) -> fit.Fit:
     moved = (Collective("all-reduce", ("tensor",), 2.0**20, 160, 8),
              Collective("all-gather", ("expert",), 2.0**20, 10, 4))
     return fit.Fit(Job(TEXT01), pod, {"expert": 4, "tensor": 8}, memory,
-                   int(31.24 * GIB), moved, estimate, 12.0)
+                   int(31.24 * GIB), moved, estimate, 12.0, {"hit_experts": 80},
+                   {"jax": "0.10.2"})
 
 
 def test_the_report_names_what_fits_and_what_travels():
     text = report.text("text01", a_fit(28.0), {"batch": 640, "context": None}, [a_fit(29.0)])
     for word in ("FITS: 28.00 of 31.24 GiB", "3.24 to spare", "not run", "weights", "26.00",
                  "largest batch that fits: 640", "largest context that fits: none",
-                 "bound by memory", "estimate", "also expert=4,tensor=8: 29.00 GiB"):
+                 "bound by memory", "estimate", "also expert=4,tensor=8: 29.00 GiB",
+                 "kernels in a step: hit_experts 80 times"):
         assert word in text, word
     sent = [line.split() for line in text.splitlines() if "all-reduce" in line][0]
     assert sent == ["tensor", "all-reduce", "160", "280.00"]  # 2 · 7/8 of a MiB, 160 times
@@ -103,6 +106,9 @@ def test_json_has_every_part():
     assert found["fits"] and found["note"] == "compiled, not run"
     assert found["bytes_per_device"]["weights"] == 26 * GIB
     assert found["collectives"][0]["sent_bytes"] == 280 * 2**20
+    assert found["kernels"] == {"hit_experts": 80} and found["versions"] == {"jax": "0.10.2"}
+    on_gpu = dataclasses.replace(a_fit(28.0), pod=parse_pod("h200:1x8"))
+    assert "cuDNN" in on_gpu.to_json()["note"] and "cuDNN" in report.text("text01", on_gpu, {}, [])
     assert found["estimate"]["bound"] == "memory" and found["estimate"]["formulas"]
 
 

@@ -8,16 +8,9 @@ import pytest
 from mmx.parallel.exchange import FURTHER
 from mmx.plan import hlo, hlo_text
 from mmx.plan.hlo import Collective
+from tests.plan.hlo_programs import LOOP, program
 
 MESH = types.SimpleNamespace(shape={"data": 2, "expert": 2, "tensor": 4})
-
-
-def program(lines, before=""):
-    """A program of one entry computation; the last line is its root."""
-    *lines, last = [line.strip() for line in lines.strip().splitlines()]
-    body = "\n".join([*(f"  {line}" for line in lines), f"  ROOT {last}"])
-    return f"HloModule jit_f, is_scheduled=true\n\n{before}\nENTRY %main (p: f32[]) -> f32[] {{\n" \
-           f"{body}\n}}\n"
 
 
 def found(text, mesh=MESH):
@@ -134,52 +127,6 @@ def test_exchanges_with_oneself_are_none():
         %r = f32[64]{0} all-reduce(%p), replica_groups=[16,1]<=[16], to_apply=%add
         %c = f32[64]{0} collective-permute(%r), source_target_pairs={{0,0},{1,1}}""")
     assert found(text) == []
-
-
-LOOP = """%outer_condition (c: (s32[], f32[64], s32[])) -> pred[] {
-  %c = (s32[]{:T(128)}, f32[64]{0:T(128)}, s32[]{:T(128)}) parameter(0)
-  %n = s32[]{:T(128)} get-tuple-element(%c), index=0
-  %limit = s32[]{:T(128)} get-tuple-element(%c), index=2
-  ROOT %lt = pred[]{:T(512)} compare(%n, %limit), direction=LT
-}
-
-%inner_compare (a: s32[]) -> pred[] {
-  %a = s32[] parameter(0)
-  %three = s32[] constant(3)
-  ROOT %le = pred[] compare(%a, %three), direction=LE
-}
-
-%inner_condition (c: (s32[], f32[64])) -> pred[] {
-  %c = (s32[], f32[64]{0}) parameter(0)
-  %n = s32[] get-tuple-element(%c), index=0
-  ROOT %f = pred[] fusion(%n), kind=kLoop, calls=%inner_compare
-}
-
-%inner_body (b: (s32[], f32[64])) -> (s32[], f32[64]) {
-  %b = (s32[], f32[64]{0}) parameter(0)
-  %n = s32[] get-tuple-element(%b), index=0
-  %two = s32[] constant(2)
-  %next = s32[] add(%n, %two)
-  %x = f32[64]{0} get-tuple-element(%b), index=1
-  %r = f32[64]{0} all-reduce(%x), replica_groups=[4,4]<=[16], to_apply=%add
-  ROOT %t = (s32[], f32[64]{0}) tuple(%next, %r)
-}
-
-%outer_body (b: (s32[], f32[64], s32[])) -> (s32[], f32[64], s32[]) {
-  %b = (s32[], f32[64]{0}, s32[]) parameter(0)
-  %n = s32[] get-tuple-element(%b), index=0
-  %one = s32[] constant(1)
-  %next = s32[] add(%n, %one)
-  %x = f32[64]{0} get-tuple-element(%b), index=1
-  %r = f32[64]{0} all-reduce(%x), replica_groups=[8,2]<=[2,8]T(1,0), to_apply=%add
-  %start = s32[] constant(-1)
-  %in = (s32[], f32[64]{0}) tuple(%start, %r)
-  %w = (s32[], f32[64]{0}) while(%in), condition=%inner_condition, body=%inner_body
-  %y = f32[64]{0} get-tuple-element(%w), index=1
-  %l = s32[] get-tuple-element(%b), index=2
-  ROOT %t = (s32[], f32[64]{0}, s32[]) tuple(%next, %y, %l)
-}
-"""
 
 
 def test_loops_multiply_and_nest():
@@ -332,123 +279,6 @@ def test_the_heavier_branch_counts():
             %c = pred[] parameter(1)
             %r = f32[64]{{0}} conditional(%c, %p, %p), {names}""", branches)
         assert found(text) == [Collective("all-reduce", ("data", "expert", "tensor"), 256, 2, 16)]
-
-
-DOTS = {
-    "plain": ("f32[8,16]{1,0}", "f32[16,32]{1,0}", "f32[8,32]{1,0} dot(%a, %b), "
-              "lhs_contracting_dims={1}, rhs_contracting_dims={0}", "f32", 2 * 8 * 16 * 32),
-    "batch": ("bf16[4,8,16]{2,1,0}", "bf16[4,16,32]{2,1,0}", "f32[4,8,32]{2,1,0} dot(%a, %b), "
-              "lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, "
-              "rhs_contracting_dims={1}", "bf16", 2 * 4 * 8 * 16 * 32),
-    "tpu": ("s8[8,16]{1,0:T(8,128)(4,1)}", "s8[16,32]{1,0}", "s32[8,32]{1,0} convolution(%a, %b), "
-            "dim_labels=bf_io->bf", "s8", 2 * 8 * 16 * 32),
-    "tpu transposed": ("bf16[8,16]{1,0}", "bf16[32,16]{1,0}", "bf16[32,8]{1,0} "
-                       "convolution(%a, %b), dim_labels=bf_oi->fb", "bf16", 2 * 8 * 16 * 32),
-    "tpu batch": ("bf16[16,256,512]{2,1,0}", "bf16[16,512,128]{2,1,0}", "bf16[16,256,128]{2,1,0} "
-                  "convolution(%a, %b), window={size=16 stride=15 lhs_dilate=16}, "
-                  "dim_labels=0bf_0io->0bf", "bf16", 2 * 16 * 256 * 512 * 128),
-    "image": ("f32[1,8,8,3]{3,2,1,0}", "f32[3,3,3,16]{3,2,1,0}", "f32[1,8,8,16]{3,2,1,0} "
-              "convolution(%a, %b), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f",
-              "f32", 2 * 22 * 22 * 3 * 16),
-    "cublas": ("bf16[8,16]{1,0}", "bf16[16,32]{1,0}", "(bf16[8,32]{1,0}, s8[64]{0}) "
-               'custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config='
-               '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":'
-               '["1"],"rhs_contracting_dimensions":["0"]}}}', "bf16", 2 * 8 * 16 * 32),
-    "pallas": ("bf16[8,16]{1,0}", "bf16[16,32]{1,0}", 'bf16[8,32]{1,0} custom-call(%a, %b), '
-               'custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{'
-               '"body":"TUzv","cost_estimate":{"flops":"777","transcendentals":"0",'
-               '"bytes_accessed":"99"}}}', "kernel", 777),
-}
-
-
-@pytest.mark.parametrize("name", DOTS)
-def test_operations_of_products(name):
-    a, b, line, kind, flops = DOTS[name]
-    text = program(f"%a = {a} parameter(0)\n%b = {b} parameter(1)\n%c = {line}")
-    assert hlo.dots_by_type(text) == {kind: flops}
-    assert hlo.dots(text) == flops
-
-
-def moved(lines, before=""):
-    return hlo.bytes_accessed(program(lines, before))
-
-
-SLICED = """%take (w: bf16[5,64,32], i: s32[], x: bf16[8,64]) -> bf16[8,32] {
-  %w = bf16[5,64,32]{2,1,0} parameter(0)
-  %i = s32[] parameter(1)
-  %z = s32[] constant(0)
-  %s = bf16[1,64,32]{2,1,0} dynamic-slice(%w, %i, %z, %z), dynamic_slice_sizes={1,64,32}
-  %v = bf16[64,32]{1,0} bitcast(%s)
-  %x = bf16[8,64]{1,0} parameter(2)
-  ROOT %d = bf16[8,32]{1,0} dot(%x, %v), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-}
-
-%as_seen (w: bf16[5,64,32]) -> bf16[5,64,32] {
-  %w = bf16[5,64,32]{2,1,0} parameter(0)
-  ROOT %c = bf16[5,64,32]{2,0,1} copy(%w)
-}
-
-%take_seen (w: bf16[5,64,32], i: s32[]) -> bf16[1,64,32] {
-  %w = bf16[5,64,32]{2,1,0} parameter(0)
-  %v = bf16[5,64,32]{2,0,1} fusion(%w), kind=kLoop, calls=%as_seen
-  %i = s32[] parameter(1)
-  %z = s32[] constant(0)
-  ROOT %s = bf16[1,64,32]{2,1,0} dynamic-slice(%v, %i, %z, %z), dynamic_slice_sizes={1,64,32}
-}
-
-%put (w: bf16[5,64,32], u: bf16[64,32], i: s32[]) -> bf16[5,64,32] {
-  %w = bf16[5,64,32]{2,1,0} parameter(0)
-  %u = bf16[64,32]{1,0} parameter(1)
-  %v = bf16[1,64,32]{2,1,0} bitcast(%u)
-  %i = s32[] parameter(2)
-  %z = s32[] constant(0)
-  ROOT %r = bf16[5,64,32]{2,1,0} dynamic-update-slice(%w, %v, %i, %z, %z)
-}
-"""
-
-
-def test_bytes_of_slices_not_of_what_is_sliced():
-    """Of five stacked matrices one is read, or written; 4 bytes are the index."""
-    one = 64 * 32 * 2
-    assert moved("""%w = bf16[5,64,32]{2,1,0} parameter(0)
-        %i = s32[] parameter(1)
-        %x = bf16[8,64]{1,0} parameter(2)
-        %f = bf16[8,32]{1,0} fusion(%w, %i, %x), kind=kOutput, calls=%take""", SLICED) == \
-        one + 4 + 8 * 64 * 2 + 8 * 32 * 2
-    assert moved("""%w = bf16[5,64,32]{2,1,0} parameter(0)
-        %u = bf16[64,32]{1,0} parameter(1)
-        %i = s32[] parameter(2)
-        %f = bf16[5,64,32]{2,1,0} fusion(%w, %u, %i), kind=kLoop, calls=%put""", SLICED) == \
-        2 * one + 4
-    assert moved("""%w = bf16[5,64,32]{2,1,0} parameter(0)
-        %i = s32[] parameter(1)
-        %f = bf16[1,64,32]{2,1,0} fusion(%w, %i), kind=kLoop, calls=%take_seen""", SLICED) == \
-        2 * one + 4
-
-
-def test_bytes_of_a_tpus_on_chip_memory_do_not_count():
-    lines = """%p = f32[256]{0:T(256)} parameter(0)
-        %s = (f32[256]{0:T(256)S(1)}, f32[256]{0:T(256)}, u32[]{:S(2)}) copy-start(%p)
-        %d = f32[256]{0:T(256)S(1)} copy-done(%s)
-        %n = f32[256]{0:T(256)S(1)} negate(%d)
-        %c = f32[256]{0:T(256)} copy(%n)"""
-    assert moved(lines) == 2 * 1024
-    # On a GPU the same number names ordinary memory: read and written by each of three lines.
-    assert moved(lines.replace(":T(256)", ":").replace("{0:}", "{0}")) == 6 * 1024
-
-
-def test_the_heaviest_lines_come_first():
-    text = program("""%p = f32[64]{0} parameter(0)
-        %z = s32[] constant(0)
-        %in = (s32[], f32[64]{0}) tuple(%z, %p)
-        %w = (s32[], f32[64]{0}) while(%in), condition=%inner_condition, body=%inner_body
-        %y = f32[64]{0} get-tuple-element(%w), index=1
-        %c = f32[64]{0} copy(%y), metadata={op_name="jit(f)/cut" stack_frame_id=1}""", LOOP)
-    (first, told), (second, named) = hlo.heaviest(text, 2)
-    assert (first, second) == (2 * 2 * 256, 2 * 256)  # from 0 to 3 by 2: twice
-    assert told == "all-reduce -> f32[64] in inner_body (r)"
-    assert named == "copy -> f32[64] in main (jit(f)/cut)"
-    assert sum(size for size, _ in hlo.heaviest(text, 99)) == hlo.bytes_accessed(text)
 
 
 def test_sizes_of_element_types():

@@ -8,7 +8,7 @@ import pytest
 
 from mmx.plan.hlo import Collective
 from mmx.plan.pods import CHIPS
-from mmx.plan.roofline import HOP_S, LABEL, estimate
+from mmx.plan.roofline import HOP_S, LABEL, NET_S, NVLINK_S, START_S, estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +63,19 @@ CASES = {
         ("v6e", SLICES, "all-reduce", ("slice", "tensor"), GB, 8),
         2 * (3 / 4 / 100 + 3 * HOP_S) + 2 * 1 / 2 / 4 / (50 / 4)),
     "NVLink": (
-        ("h200", HOSTS, "all-gather", ("tensor",), GB, 8), 7 / 8 / 450),
+        ("h200", HOSTS, "all-gather", ("tensor",), GB, 8), 7 / 8 / 450 + START_S + 7 * NVLINK_S),
+    "NVLink, a sum goes round twice": (
+        ("h200", HOSTS, "all-reduce", ("tensor",), GB, 8),
+        2 * (7 / 8 / 450 + 7 * NVLINK_S) + START_S),
     "NVLink to all": (
-        ("h200", HOSTS, "all-to-all", ("tensor",), GB, 8), 7 / 8 / 450),
+        ("h200", HOSTS, "all-to-all", ("tensor",), GB, 8), 7 / 8 / 450 + START_S + 7 * NVLINK_S),
+    "NVLink, permute": (
+        ("h200", HOSTS, "collective-permute", ("tensor",), GB, 8, 1),
+        1 / 450 + START_S + NVLINK_S),
     "between hosts": (
-        ("h200", HOSTS, "all-gather", ("slice",), GB, 2), 1 / 2 / 50),
+        ("h200", HOSTS, "all-gather", ("slice",), GB, 2), 1 / 2 / 50 + START_S + NET_S),
     "between hosts, permute": (
-        ("h200", HOSTS, "collective-permute", ("slice",), GB, 2, 1), 1 / 50),
+        ("h200", HOSTS, "collective-permute", ("slice",), GB, 2, 1), 1 / 50 + START_S + NET_S),
 }
 
 
@@ -94,7 +100,8 @@ def test_counts_add_up_by_axes():
             Collective("all-gather", ("expert",), GB, 1, 4)]
     found = estimate(0.0, 0.0, ones, CHIPS["h200"], torus(
         (1, 1, 8), {"expert": 1, "tensor": 8}))
-    assert found.by_axes[("tensor",)] == pytest.approx(5 * 7 / 8 / 450)
+    assert found.by_axes[("tensor",)] == pytest.approx(
+        5 * (7 / 8 / 450 + START_S + 7 * NVLINK_S))
     assert found.network_s == pytest.approx(sum(found.by_axes.values()))
     assert sum("network" in line for line in found.formulas) == 3
 
@@ -115,6 +122,12 @@ def test_int8_runs_at_its_own_rate_where_there_is_one():
     assert estimate(counts, 0.0, [], CHIPS["v6e"], FLAT).compute_s == pytest.approx(2)
     counts = {"bf16": 1153.5e12, "s8": 1153.5e12}
     assert estimate(counts, 0.0, [], CHIPS["tpu7x"], FLAT).compute_s == pytest.approx(2)
+
+
+@pytest.mark.parametrize("chip, kind, rate", [
+    ("v6e", "f32", 918 / 6), ("v6e", "tf32", 918), ("h200", "f32", 67), ("h200", "tf32", 494)])
+def test_float32_runs_at_its_own_rate(chip, kind, rate):
+    assert estimate({kind: rate * 1e12}, 0.0, [], CHIPS[chip], FLAT).compute_s == pytest.approx(1)
 
 
 def test_formulas_say_what_was_reckoned():
