@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.lightning_attention.pallas_tpu import LANES, TN, dot, flat, iota
+from pallas_kernels.lightning_attention.pallas_tpu_block import LANES, TN, dot, flat, iota
 from pallas_kernels.lightning_attention.state import windows
 
 BLOCK = 1024  # tokens
