@@ -75,10 +75,7 @@ def test_orbax_and_export_from_two_processes(reports):
 
 @pytest.mark.multidevice
 def test_orbax_reads_a_processs_own_bytes(reports):
-    """Of 8 MiB half each, besides orbax's own notes; all of it where every device wants it whole.
-
-    Then one process may read and send to the other.
-    """
+    """Half of a checkpoint each, beside orbax's own notes; all of it where all devices want it."""
     _, outputs = reports
-    assert all(0.5 <= report["orbax bytes"]["own"] < 0.55 for report in outputs), outputs
-    assert max(report["orbax bytes"]["all"] for report in outputs) >= 1.0
+    shares = [report["orbax bytes"] for report in outputs]
+    assert all(0.5 <= share["own"] < 0.55 and share["all"] >= 0.99 for share in shares), shares
