@@ -18,6 +18,7 @@ N, K, H = 64, 8, 128
 LONG = 131_072
 CACHED = {"chunk": (1, 8192, LONG), "last": (1, 1, LONG), "decode": (32, 1, 8192),
           "odd": (2, 257, 700)}
+PAGED = {"decode": (32, 1, 8192), "chunk": (1, 4096, 65_536)}
 TRAINED = [("gradients", "bfloat16"), ("gradients", "float32"), ("packed", "bfloat16")]
 
 
@@ -64,6 +65,11 @@ def test_kernels_are_chosen_and_compile(compiled, chip):
     assert one["bytes"] < 1.1 * 2 * 32 * 8192 * K * H and one["temporary"] < 2 * 32 * 8192 * K
     assert found["packed share"]["kernels"] == ["cached_attention"]
     causal = 2 * N * 2048 * 2048 * H
+    for case, (B, T, S) in PAGED.items():
+        one, keys = found[f"paged {case}"], 2 * B * S * K * H * 2
+        assert one["kernels"] == ["ragged_paged_attention_kernel"] and one["temporary"] < 1 << 20
+        passes = T // (32 if chip.startswith("v4") else 128) if T > 1 else 1
+        assert keys * passes <= one["bytes"] < 1.05 * keys * passes
     assert found["splash bfloat16"]["operations"] == causal
     assert found["gradients bfloat16"]["operations"] == 4.5 * causal
     assert found["splash bfloat16"]["kernels"] == ["splash_mha_fwd_no_residuals"]
@@ -85,7 +91,7 @@ def main(name):
 
     from mmx.plan import hlo
     from mmx.plan.pods import parse_pod
-    from pallas_kernels import attention, dispatch, partial_attention
+    from pallas_kernels import attention, dispatch, paged_attention, partial_attention
 
     pod = parse_pod(name)
     mesh = topology.make_mesh(pod, {"data": pod.devices})
@@ -137,6 +143,10 @@ def main(name):
     _, T, S = CACHED["decode"]
     report["float8"] = compiled(cached, ((32, T, N, H), "bfloat16"),
                                 *[((32, K, S, H), "float8_e4m3fn")] * 2, ((32,), "int32"))
+    for case, (B, T, S) in PAGED.items():
+        report[f"paged {case}"] = compiled(
+            paged_attention, ((B * T, N, H), "bfloat16"), ((B * S // 64, 64, 2 * K, H), "bfloat16"),
+            ((B,), "int32"), ((B, S // 64), "int32"), ((B + 1,), "int32"))
     T = 2048
     report["packed share"] = compiled(piece, *training(T, "bfloat16"), ((1, T), "int32"))
     report["splash bfloat16"] = compiled(scored, *training(T, "bfloat16"))
