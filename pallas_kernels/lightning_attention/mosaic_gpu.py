@@ -23,6 +23,11 @@ from pallas_kernels.lightning_attention.mosaic_gpu_block import (
     C,
     Shape,
 )
+from pallas_kernels.lightning_attention.parts import (
+    chunk_boundaries,
+    prefix,
+    valid_lengths,
+)
 
 _MULTIPROCESSORS = 132  # of an H100 or H200
 
@@ -110,7 +115,8 @@ def run(
     incoming = jnp.stack(states)[:, :, None]  # [roles, B, parts, N, H, H]
     if shape.parts > 1:
         local = call(dataclasses.replace(shape, outputs=False), incoming=None)[-1]
-        incoming = _prefix(local, incoming, slopes_N, samples_BT, lengths_B, shape)
+        incoming = prefix(local, incoming, slopes_N, samples_BT, lengths_B, T=T,
+                          span=shape.chunks_per_part * C, reverse=reverse)
     *outs, outgoing = call(shape, incoming=incoming)
     return tuple(outs), tuple(outgoing[:, :, 0])
 
@@ -168,80 +174,20 @@ def _whole_heads(heads: int, chunks: int) -> bool:
     return 1.6 * -(-heads // _MULTIPROCESSORS) <= -(-2 * heads // _MULTIPROCESSORS)
 
 
-def _valid_lengths(lengths_B, B, T):
-    if lengths_B is None:
-        return jnp.full((B,), T, jnp.int32)
-    return jnp.clip(lengths_B.astype(jnp.int32), 0, T)
-
-
-def _boundaries(samples_BT, lengths_B, first_c, last_c, reverse):
-    """Samples that a span of tokens takes its state from and hands its state to, [B, spans].
-
-    `first_c`, `last_c`: positions of the spans' first token and of the one after their last.
-    """
-    B, T = samples_BT.shape
-    length_B1 = _valid_lengths(lengths_B, B, T)[:, None]
-    at = lambda index: jnp.take_along_axis(samples_BT, jnp.clip(index, 0, T - 1), axis=1)  # noqa: E731
-    first_Bc = jnp.broadcast_to(first_c, (B, first_c.shape[0]))
-    end_Bc = jnp.minimum(last_c, length_B1)
-    if reverse:
-        return at(jnp.where(end_Bc < length_B1, end_Bc, length_B1 - 1)), at(first_Bc)
-    return jnp.where(first_Bc == 0, 0, at(jnp.minimum(first_Bc, length_B1) - 1)), at(end_Bc - 1)
-
-
 def _marks(samples_BT, lengths_B, reverse):
     """int32 [B, chunks, MARKS]: samples of a chunk twice, of its incoming and outgoing state, and 1
     where all of those are the same.
     """
     B, T = samples_BT.shape
-    chunks = -(-T // C)
-    first_c = jnp.arange(chunks, dtype=jnp.int32) * C
-    source, target = _boundaries(samples_BT, lengths_B, first_c, first_c + C, reverse)
+    source, target = chunk_boundaries(samples_BT, lengths_B, C, reverse)
     # Padding is of no sample: no token meets it.
-    inside_BT = jnp.arange(T) < _valid_lengths(lengths_B, B, T)[:, None]
+    inside_BT = jnp.arange(T) < valid_lengths(lengths_B, B, T)[:, None]
     samples = jnp.where(inside_BT, samples_BT, -1)
-    samples = jnp.pad(samples, ((0, 0), (0, -T % C))).reshape(B, chunks, C)
+    samples = jnp.pad(samples, ((0, 0), (0, -T % C))).reshape(B, -1, C)
     plain = (samples == source[..., None]).all(-1) & (source == target)
     edges = jnp.stack([source, target, plain.astype(jnp.int32)], axis=-1)
     edges = jnp.pad(edges, ((0, 0), (0, 0), (0, MARKS - 2 * C - 3)))
     return jnp.concatenate([samples, samples, edges], axis=-1).astype(jnp.int32)
-
-
-def _prefix(local, incoming, slopes_N, samples_BT, lengths_B, shape: Shape):
-    """States at which the parts begin, from those each part makes of an empty one.
-
-    local: [roles, B, parts, N, H, H]; incoming: the same with one part.
-    """
-    _, B, P, N, _, _ = local.shape
-    span = shape.chunks_per_part * C
-    length_B1 = _valid_lengths(lengths_B, B, shape.T)[:, None]
-    edge_p = jnp.arange(P + 1, dtype=jnp.int32) * span
-    edge_Bp = jnp.minimum(edge_p, length_B1)
-    first_Bp, end_Bp = edge_Bp[:, :-1], edge_Bp[:, 1:]
-    part_P = jnp.arange(P)
-    if shape.reverse:  # part p takes from part q behind it
-        gap_BPP = first_Bp[:, None, :] - end_Bp[:, :, None]
-        feeds_BPP = jnp.broadcast_to(part_P[None, :] > part_P[:, None], gap_BPP.shape)
-        gap_BP = length_B1 - end_Bp
-    else:
-        gap_BPP = first_Bp[:, :, None] - end_Bp[:, None, :]
-        feeds_BPP = jnp.broadcast_to(part_P[None, :] < part_P[:, None], gap_BPP.shape)
-        gap_BP = first_Bp
-    own_BP = jnp.ones((B, P), bool)
-    if samples_BT is not None:
-        source, target = _boundaries(samples_BT, lengths_B, edge_p[:-1], edge_p[1:], shape.reverse)
-        # A part of padding alone hands on nothing of its own: its local state is zero.
-        feeds_BPP &= source[:, :, None] == target[:, None, :]
-        last_B1 = jnp.take_along_axis(samples_BT, jnp.maximum(length_B1 - 1, 0), axis=1)
-        own_BP = source == (last_B1 if shape.reverse else 0)
-
-    def weight(gap, mask):
-        decay = jnp.exp(-slopes_N * jnp.maximum(gap, 0)[..., None].astype(jnp.float32))
-        return jnp.where(mask[..., None], decay, 0.0)
-
-    # Plain sums of products: exact in float32, and one fusion.
-    between = weight(gap_BPP, feeds_BPP)[None, ..., None, None] * local[:, :, None]
-    return between.sum(3) + weight(gap_BP, own_BP)[None, ..., None, None] * incoming
 
 
 def _call(shape: Shape, *, tensors, slopes_N, lengths_B, marks, incoming, interpret):

@@ -8,6 +8,7 @@ Nothing is kept from the forward pass but its inputs.
 import jax.numpy as jnp
 
 from pallas_kernels.lightning_attention.mosaic_gpu import Config, run
+from pallas_kernels.lightning_attention.parts import without_unread
 
 
 def backward(
@@ -35,10 +36,4 @@ def backward(
     else:
         (dv,), (dstate,) = run(tensors, roles[:1], slopes_N, incoming[:1], *marks, **back)
         (dk,), _ = run(tensors, roles[1:], slopes_N, incoming[1:], *marks, **back)
-    if samples_BT is not None:
-        # A sequence that begins with a new sample never read the incoming state.
-        reads_B = samples_BT[:, 0] == 0
-        if lengths_B is not None:
-            reads_B |= lengths_B == 0
-        dstate = jnp.where(reads_B[:, None, None, None], dstate, 0.0)
-    return dq, dk, dv, dstate
+    return dq, dk, dv, without_unread(dstate, samples_BT, lengths_B)
