@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 import re
+from typing import NamedTuple
 
 import jax
 
@@ -20,8 +21,15 @@ _CHIPS = {
     "TPU7x": "tpu7x",
     "TPU7": "tpu7x",
 }
-# GPUs of compute capability 9.0 by name, for programs compiled for another machine.
+# GPUs by name, for programs compiled for another machine: compute capability 9.0, and all.
 _HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
+_NVIDIA = {
+    80: re.compile(r"\bA(30|100|800)\b"),
+    86: re.compile(r"\bA(2|10|10G|16|40)\b"),
+    89: re.compile(r"\bL(4|40|40S|20)\b"),
+    90: _HOPPER,
+    100: re.compile(r"\bG?B200\b"),
+}
 
 
 def chip() -> str:
@@ -42,6 +50,29 @@ def hopper() -> bool:
     if described is None and jax.default_backend() == "gpu":
         return jax.local_devices()[0].compute_capability.startswith("9.")
     return described is not None and bool(_HOPPER.search(described.device_kind))
+
+
+class Nvidia(NamedTuple):
+    """An NVIDIA GPU: its compute capability (80 for 8.0) and multiprocessors."""
+
+    capability: int
+    multiprocessors: int
+
+
+def nvidia() -> Nvidia | None:
+    """The NVIDIA GPU that programs traced now will run on; None for another or unknown device."""
+    if dispatch.platform() != "gpu":
+        return None
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    device = jax.local_devices()[0] if jax.default_backend() == "gpu" else None
+    if device is not None and (described is None or described.device_kind == device.device_kind):
+        # Of other makers this is a name.
+        number = str(getattr(device, "compute_capability", "")).replace(".", "")
+        return Nvidia(int(number), device.core_count) if number.isdecimal() else None
+    for capability, name in _NVIDIA.items():
+        if described is not None and name.search(described.device_kind):
+            return Nvidia(capability, described.num_cores or 108)
+    return None
 
 
 @functools.cache
