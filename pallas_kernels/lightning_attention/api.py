@@ -5,7 +5,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.lightning_attention import reference, xla
-from pallas_kernels.lightning_attention.decode import lightning_decode, takes_hopper_kernels
+from pallas_kernels.lightning_attention.decode import (
+    lightning_decode,
+    takes_hopper_kernels,
+    takes_triton_kernels,
+)
 
 
 def _pallas_tpu(*arguments):
@@ -21,11 +25,18 @@ def _mosaic_gpu(*arguments):
     return gpu.lightning_attention(*arguments)
 
 
+def _triton_gpu(*arguments):
+    from pallas_kernels.lightning_attention import triton_gpu_vjp
+
+    return triton_gpu_vjp.lightning_attention(*arguments)
+
+
 _IMPLEMENTATIONS = {
     "reference": reference.lightning_attention,
     "xla": xla.lightning_attention,
     "pallas_tpu": _pallas_tpu,
     "mosaic_gpu": _mosaic_gpu,
+    "triton_gpu": _triton_gpu,
 }
 
 
@@ -56,7 +67,9 @@ def lightning_attention(
       implementation: "reference" (one token at a time), "xla" (chunks of matrix products),
         "pallas_tpu" (the automatic choice on TPU for heads of a multiple of 128; interpreted on a
         CPU), "mosaic_gpu" (the automatic choice on Hopper GPUs for bfloat16 and heads of 64 or
-        128), or None. One token alone is a decode step under None, whatever the device.
+        128), "triton_gpu" (the automatic choice on other NVIDIA GPUs of compute capability 8.0 or
+        more, and on Hopper for the rest, for heads of 16, 32, 64 or 128 where jax-triton is
+        installed), or None. One token alone is a decode step under None, whatever the device.
 
     Returns:
       Output [B, T, N, H] in q's dtype, and the float32 state [B, N, H, H] after the last token.
@@ -79,6 +92,8 @@ def lightning_attention(
         default = "pallas_tpu"
     elif takes_hopper_kernels(q_BTNH.dtype, H):
         default = "mosaic_gpu"
+    elif takes_triton_kernels(H):
+        default = "triton_gpu"
     run = dispatch.choose(
         "lightning_attention",
         _IMPLEMENTATIONS,

@@ -42,6 +42,15 @@ def takes_hopper_kernels(dtype, H: int) -> bool:
     return tuning.hopper() and dtype == jnp.bfloat16 and H in (64, 128)
 
 
+def takes_triton_kernels(H: int) -> bool:
+    """Whether programs traced now run on an NVIDIA GPU that Triton's kernels and packages fit."""
+    if dispatch.platform() != "gpu":
+        return False
+    from pallas_kernels.lightning_attention import triton_gpu_vjp
+
+    return triton_gpu_vjp.suits(H)
+
+
 def lightning_decode_slots(
     q_BNH: jax.Array,
     k_BNH: jax.Array,
@@ -61,7 +70,8 @@ def lightning_decode_slots(
       slots_B: int32 in [0, P), each at most once: where each row's state lies.
       implementation: "xla", "pallas_tpu" (the automatic choice on TPU for heads of a multiple of
         128; interpreted on a CPU), "mosaic_gpu" (the automatic choice on Hopper GPUs for bfloat16
-        and heads of 64 or 128, where jax is 0.11 or newer), or None.
+        and heads of 64 or 128, where jax is 0.11 or newer), "triton_gpu" (the automatic choice on
+        other NVIDIA GPUs, as in `lightning_attention`), or None.
 
     Returns:
       Output [B, N, H] in q's dtype, and the pool with the states of `slots_B` one token on.
@@ -81,21 +91,27 @@ def lightning_decode_slots(
             f"{k_BNH.shape}, {v_BNH.shape}, {slots_B.shape}."
         )
     slopes_N = jnp.asarray(slopes_N, jnp.float32)
-    default = "xla"
-    if dispatch.platform() == "tpu" and H % 128 == 0:
-        default = "pallas_tpu"
-    elif q_BNH.dtype == k_BNH.dtype == v_BNH.dtype and takes_hopper_kernels(q_BNH.dtype, H):
-        from pallas_kernels.lightning_attention import mosaic_gpu_decode
-
-        default = "mosaic_gpu" if mosaic_gpu_decode.AVAILABLE else "xla"
     run = dispatch.choose(
         "lightning_decode_slots",
-        {"xla": _slots_by_xla, "pallas_tpu": _slots_on_tpu, "mosaic_gpu": _slots_on_hopper},
+        {"xla": _slots_by_xla, "pallas_tpu": _slots_on_tpu, "mosaic_gpu": _slots_on_hopper,
+         "triton_gpu": _slots_by_triton},
         implementation,
-        default,
+        _slots_default(q_BNH, k_BNH, v_BNH),
         (B, N, H),
     )
     return run(q_BNH, k_BNH, v_BNH, slopes_N, states_PNHH, slots_B)
+
+
+def _slots_default(q_BNH, k_BNH, v_BNH) -> str:
+    H = q_BNH.shape[-1]
+    if dispatch.platform() == "tpu":
+        return "pallas_tpu" if H % 128 == 0 else "xla"
+    if q_BNH.dtype == k_BNH.dtype == v_BNH.dtype and takes_hopper_kernels(q_BNH.dtype, H):
+        from pallas_kernels.lightning_attention import mosaic_gpu_decode
+
+        if mosaic_gpu_decode.AVAILABLE:
+            return "mosaic_gpu"
+    return "triton_gpu" if takes_triton_kernels(H) else "xla"
 
 
 def _slots_by_xla(q_BNH, k_BNH, v_BNH, slopes_N, states_PNHH, slots_B):
@@ -128,3 +144,10 @@ def _slots_on_hopper(q_BNH, k_BNH, v_BNH, slopes_N, states_PNHH, slots_B):
             f"this is a {platform}. Pass implementation=None for the form made for it."
         )
     return mosaic_gpu_decode.decode(q_BNH, k_BNH, v_BNH, slopes_N, states_PNHH, slots_B)
+
+
+def _slots_by_triton(q_BNH, k_BNH, v_BNH, slopes_N, states_PNHH, slots_B):
+    from pallas_kernels.lightning_attention import triton_gpu_decode, triton_gpu_vjp
+
+    triton_gpu_vjp.check("lightning_decode_slots", q_BNH.shape[-1])
+    return triton_gpu_decode.decode(q_BNH, k_BNH, v_BNH, slopes_N, states_PNHH, slots_B)
