@@ -180,7 +180,7 @@ def test_fast_decay_over_many_tokens_stays_finite():
 
 def test_named_implementation_works_or_raises():
     q, k, v, state = draw(8)
-    with pytest.raises(ValueError, match=r"no implementation 'cuda'.*reference, xla"):
+    with pytest.raises(ValueError, match=r"no implementation 'cuda'.*reference, triton_gpu, xla"):
         lightning_attention(q, k, v, SLOPES[0], state, implementation="cuda")
 
 
