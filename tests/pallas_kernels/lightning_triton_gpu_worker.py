@@ -1,8 +1,9 @@
-"""Interprets or compiles the Triton kernels of lightning attention in a process of its own.
+"""Interprets, runs or compiles the Triton kernels of lightning attention in its own process.
 
 `python -m tests.pallas_kernels.lightning_triton_gpu_worker interpret CASE...` prints error ratios
-against float64, `... compile CASE...` what Triton's assembler says of each kernel, as one line of
-JSON. `triton` decides at its import whether kernels are interpreted.
+against float64, `... run CASE...` those of the GPU at hand, `... compile CASE...` what Triton's
+assembler says of each kernel, as one line of JSON. `triton` decides at its import whether kernels
+are interpreted.
 """
 
 import functools
@@ -14,7 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+if sys.argv[1:2] != ["run"]:
+    os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TRITON_INTERPRET"] = "1" if sys.argv[1:2] == ["interpret"] else "0"
 
 import jax
@@ -28,7 +30,7 @@ from tests.reference import lightning as f64
 from tests.tolerances import norm_ratio
 
 DEVICES = {"80": tuning.Nvidia(80, 108), "86": tuning.Nvidia(86, 72), "89": tuning.Nvidia(89, 142),
-           "90": tuning.Nvidia(90, 132)}
+           "90": tuning.Nvidia(90, 132), "100": tuning.Nvidia(100, 148)}
 LAYERS = (0, 40, 78)  # a head of each
 
 # name -> T, H, options: packed samples, ragged lengths, parts of a sequence, capability
@@ -71,7 +73,7 @@ def inputs(T, H, dtype, packed, lengths):
     return tensors, state, dstate, slopes, starts, lengths
 
 
-def interpret(case):
+def errors_of(case):
     dtype, name = case.split("/")
     if name.startswith("decode"):
         return decode(dtype)
@@ -190,11 +192,12 @@ def assembled(ptx):
     import triton
 
     arch = re.search(r"\.target (\w+)", ptx)[1]
+    name = "ptxas-blackwell" if arch.startswith("sm_10") else "ptxas"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
         done = subprocess.run(
-            [Path(triton.__file__).parent / "backends/nvidia/bin/ptxas", "-v",
+            [Path(triton.__file__).parent / "backends/nvidia/bin" / name, "-v",
              f"--gpu-name={arch}", file.name, "-o", os.devnull],
             capture_output=True, text=True, check=True)
     spills = re.findall(r"(\d+) bytes spill", done.stderr)
@@ -206,12 +209,14 @@ def assembled(ptx):
 
 
 if __name__ == "__main__":
+    function = errors_of
     if sys.argv[1] == "interpret":
         from tests.pallas_kernels import triton_interpreter
 
         triton_interpreter.install()
-        run = interpret
+    elif sys.argv[1] == "run":
+        DEVICES = dict.fromkeys(DEVICES)  # whatever GPU is here
     else:
         record_binaries()
-        run = compile_one
-    print(json.dumps({case: run(case) for case in sys.argv[2:]}))
+        function = compile_one
+    print(json.dumps({case: function(case) for case in sys.argv[2:]}))
