@@ -78,7 +78,7 @@ def lightning_attention(
     Raises:
       ValueError: shapes or dtypes that do not fit, or an unknown implementation.
     """
-    _check(q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT, lengths_B)
+    check(q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT, lengths_B)
     B, T, N, H = q_BTNH.shape
     if state_BNHH is None:
         state_BNHH = jnp.zeros((B, N, H, H), jnp.float32)
@@ -104,7 +104,7 @@ def lightning_attention(
     return run(q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT, lengths_B)
 
 
-def _check(q, k, v, slopes, state, starts, lengths) -> None:
+def check(q, k, v, slopes, state, starts, lengths) -> None:
     if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(
             f"q, k and v must share one shape [B, T, N, H]; got {q.shape}, {k.shape}, {v.shape}."

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, precision
+from pallas_kernels.lightning_attention.api import check
 from pallas_kernels.lightning_attention.decode import takes_hopper_kernels
 
 FORGOTTEN = 28.0
@@ -44,8 +45,10 @@ def lightning_state(
       float32 [B, N, H, H]. Differentiable in k, v and the state; its gradient reads all tokens.
 
     Raises:
-      ValueError: an unknown implementation, or one that does not work here.
+      ValueError: shapes or dtypes that do not fit, an unknown implementation, or one that does not
+        work here.
     """
+    check(k_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT, lengths_B)
     B, T, N, H = k_BTNH.shape
     slopes_N = jnp.asarray(slopes_N, jnp.float32)
     default = "xla"

@@ -170,3 +170,5 @@ def test_what_a_named_form_cannot_do_is_a_sentence():
             ("cpu", "cuda", "no implementation 'cuda'")):
         with dispatch.compiling_for(target), pytest.raises(ValueError, match=message):
             lightning_state(k, v, SLOPES[0], implementation=form)
+    with pytest.raises(ValueError, match="slopes_N must have shape"):
+        lightning_state(k, v, SLOPES[0][:3])

@@ -82,14 +82,15 @@ def lightning_arguments(dtype, T=T):
             starts, lengths)
 
 
-def split_lightning(axis, method, is_packed, implementation=None):
+def split_lightning(axis, method, is_packed, implementation=None, gradients=True):
     def piece(q, k, v, state, starts, lengths, axis):
         marks = {"starts_BT": starts, "lengths_B": lengths} if is_packed else {}
         return lasp.lightning_attention(q, k, v, SLOPES, state, axis=axis, method=method,
                                         implementation=implementation, **marks)
 
     specs = ("BT", "BT", "BT", "B", "BT", "B"), ("BT", "B")
-    return with_gradients(island(piece, axis, *specs), 4)
+    split = island(piece, axis, *specs)
+    return with_gradients(split, 4) if gradients else split
 
 
 @cache
@@ -119,6 +120,15 @@ def check_lightning(axis, cases, dtype="float32"):
         if is_packed:
             padding = np.asarray(out)[np.arange(T) >= LENGTHS[:, None]]
             yield f"{what} padding", fault_if(padding.any())
+
+
+def check_values(axis):
+    """Without gradients nothing is kept for them: another way through the same function."""
+    arrays, _, *marks = lightning_arguments("float32")
+    out, state = jax.jit(split_lightning(axis, "gather", True, gradients=False))(*arrays, *marks)
+    (want_out, want_state), _ = whole_lightning(True, "float32")
+    yield "output", fault(out, want_out, "kernel", "float32")
+    yield "state", fault(state, want_state, "state", "float32")
 
 
 # Softmax attention.
@@ -256,6 +266,7 @@ def groups():
     yield "lightning 8", check_lightning(axes["8"], lightning)
     yield "lightning 8 reversed", check_lightning(axes["8 reversed"], lightning[1:])
     yield "lightning 4 bfloat16", check_lightning(axes["4"], lightning[:2], "bfloat16")
+    yield "lightning 4 values", check_values(axes["4"])
     yield "softmax 1", check_attention(axes["1"], softmax[1:2])
     yield "softmax 2", check_attention(axes["2"], softmax[:2])
     yield "softmax 4", check_attention(axes["4"], softmax)

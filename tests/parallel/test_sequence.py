@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 GROUPS = {
     "lightning 1": 9, "lightning 2": 18, "lightning 4": 27, "lightning 4 plain": 24,
     "lightning 8": 27, "lightning 8 reversed": 18, "lightning 4 bfloat16": 18,
+    "lightning 4 values": 2,
     "softmax 1": 5, "softmax 2": 10, "softmax 4": 20, "softmax 4 plain": 10, "softmax 8": 10,
     "softmax 8 reversed": 5, "softmax 4 bfloat16": 5, "softmax 4 pallas_tpu": 15,
     "softmax 4 cudnn": 15,
