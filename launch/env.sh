@@ -56,6 +56,7 @@ _mmx_platform() {
       # Latency-hiding scheduler and asynchronous gathers are libtpu's defaults: not repeated here.
       # One group's tokens travel to their experts while another group computes; off by default.
       flags+=(--xla_tpu_enable_async_all_to_all=true)
+      flags+=(--xla_tpu_enable_async_ragged_all_to_all=true)
       if [ "$1" = v5e ]; then
         # Sums of tensor parallelism run beside products; XLA's guide advises it for v5e.
         flags+=(--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true)

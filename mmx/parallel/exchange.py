@@ -133,7 +133,7 @@ def _eight(rows: int) -> int:
 
 def _padded(g_TD, expert_Tk, local_experts: int, owners, limit) -> Wire:
     """Each device has room for C rows of each other one in a round."""
-    (T, D), R, M = g_TD.shape, jax.lax.axis_size(owners), expert_Tk.size
+    T, R, M = g_TD.shape[0], jax.lax.axis_size(owners), expert_Tk.size
     bound = min(M, limit or M)
     C = min(_eight(-(-ROOM * M // R)), _eight(bound))
     owner_M = (expert_Tk // local_experts).reshape(M)
@@ -165,7 +165,7 @@ def _padded(g_TD, expert_Tk, local_experts: int, owners, limit) -> Wire:
 
 def _ragged(g_TD, expert_Tk, local_experts: int, owners, limit) -> Wire:
     """Rows for an owner form one queue over all senders, of which it takes W in a round."""
-    (T, D), R, M = g_TD.shape, jax.lax.axis_size(owners), expert_Tk.size
+    R, M = jax.lax.axis_size(owners), expert_Tk.size
     bound = min(R * M, limit or R * M)
     W = min(_eight(math.ceil(RAGGED_ROOM * M)), _eight(bound))
     me, E = jax.lax.axis_index(owners), R * local_experts
@@ -187,7 +187,7 @@ def _ragged(g_TD, expert_Tk, local_experts: int, owners, limit) -> Wire:
     def send(number):
         at_sender, at_owner, size = parts(number)
         x_WD = jax.lax.ragged_all_to_all(
-            sorted_MD, jnp.zeros((W, D), g_TD.dtype), at_sender[me], size[me], at_owner[me],
+            sorted_MD, jnp.zeros((W, g_TD.shape[1]), g_TD.dtype), at_sender[me], size[me], at_owner[me],
             size[:, me], axis_name=owners)
         place_W = number * W + jnp.arange(W)
         group_W = jnp.sum(place_W[:, None] >= ends, axis=1)

@@ -62,7 +62,8 @@ def over_mesh(ops, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down, 
         out = exchange_experts(
             lambda *rows: run(*rows, gate_up, down), *flat, local_E, owners,
             tuple(ops.mesh.axis_names), width=width, form=method, limit=most,
-            split=_split(ops, owners, local_pairs), groups=_groups(ops, local_pairs // local_E), inference=inference)
+            split=_split(ops, owners, local_pairs),
+            groups=_groups(ops, local_pairs // local_E), inference=inference)
         return out.reshape(g.shape)
 
     entry = _entry(owners), _entry(width)

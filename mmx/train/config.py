@@ -88,8 +88,8 @@ class TrainConfig:
     model: a preset or a directory with a config.json. tokenizer: a directory. run: folder of
     checkpoints, metrics and export. cache: token cache (empty: inside the run). aux_coef: below 0
     takes the model's router_aux_loss_coef. moe_capacity: an expert takes at most this multiple of
-    its equal share of a micro-batch's tokens (0: all). max_minutes: stop and save before that much wall time
-    is used up (0: no limit). workers: processes that prepare batches (-1: by core count).
+    its equal share of a micro-batch's tokens (0: all). max_minutes: stop and save before that much
+    wall time is used up (0: no limit). workers: processes that prepare batches (-1: by core count).
     export: write the HF layout at the "end", at every "stop", or "never".
     """
 

@@ -45,7 +45,8 @@ def test_command_reaches_a_tpu_worker_whole(code, tmp_path):
     assert [words for words, _ in calls(notes)] == [["mmx", "batch", *AWKWARD]]
     env = json.loads((tmp_path / "mmx-run" / "env").read_text())
     assert env["JAX_COMPILATION_CACHE_DIR"] == "/mnt/mmx/compiled"
-    assert env["LIBTPU_INIT_ARGS"] == "--xla_tpu_enable_async_all_to_all=true"
+    assert env["LIBTPU_INIT_ARGS"].split() == [
+        "--xla_tpu_enable_async_all_to_all=true", "--xla_tpu_enable_async_ragged_all_to_all=true"]
 
 
 def test_stop_ends_the_command_and_a_second_one_waits_its_turn(tmp_path):

@@ -79,7 +79,7 @@ def place(params, mesh, rules):
     return {path: put(path, leaf) for path, leaf in params.items()}
 
 
-def skewed(form: str, groups: int, tensor: int):
+def skewed(form: str, rows: str, groups: int, tensor: int):
     """Tokens that nearly all want one device's experts: many rounds, none lost, and gradients."""
     mesh, E, T, D = parse_mesh(f"expert={8 // tensor},tensor={tensor}"), 16, 504, 4
     random = np.random.default_rng(3)
@@ -95,8 +95,8 @@ def skewed(form: str, groups: int, tensor: int):
             return part * jnp.append(scale, jnp.nan)[ids]  # an empty row must not be read
 
         return exchange_experts(run, g, weight, expert, local, ("expert",), ("expert", "tensor"),
-                                width=("tensor",) * (tensor > 1), form=form, groups=groups,
-                                inference=inference)
+                                width=("tensor",) * (tensor > 1), split=rows == "part",
+                                form=form, groups=groups, inference=inference)
 
     def over(inference):
         lie = jax.sharding.PartitionSpec("expert")
@@ -123,8 +123,8 @@ def main(cases):
     references, report = {}, {}
     for case in cases:
         if case.startswith("skewed"):
-            _, form, groups, tensor = case.split("/")
-            report[case] = skewed(form, int(groups), int(tensor))
+            _, form, rows, groups, tensor = case.split("/")
+            report[case] = skewed(form, rows, int(groups), int(tensor))
             continue
         text, regime, *rest = case.split("/")
         batch, given = int(rest[0]), int8 if "int8" in rest else PARAMS

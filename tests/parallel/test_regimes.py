@@ -10,13 +10,14 @@ import pytest
 
 from tests.tolerances import bound
 
-# MESH/REGIME/ROWS[/int8][/NAME=CHOICE], and skewed/DISPATCH/GROUPS/TENSOR; rows are of uneven length, tensor=4 has more devices
-# than key/value heads, and a row alone cannot be split over the batch axes.
+# MESH/REGIME/ROWS[/int8][/NAME=CHOICE], and skewed/DISPATCH/ROWS/GROUPS/TENSOR; rows are of
+# uneven length, tensor=4 has more devices than key/value heads, and a row alone cannot be split over the
+# batch axes.
 QUICK = (
     "data=2,expert=2,tensor=2/decode/4/int8", "expert=2,tensor=4/prefill/4",
     "sequence=2,expert=2,tensor=2/long/1/dispatch=all_to_all", "data=2,sequence=2,expert=2/train/4",
-    "skewed/all_to_all/1/1", "skewed/ragged/2/2",
-    "data=2,expert=2,tensor=2/train/4/dispatch=ragged/groups=2/capacity=0.75",
+    "skewed/all_to_all/all/1/1", "skewed/ragged/part/2/2",
+    "data=2,expert=2,tensor=2/train/4/dispatch=ragged/rows=part/groups=2/capacity=0.75",
 )
 CASES = (
     "tensor=4/decode/4", "expert=4,tensor=2/decode/4", "expert=2,tensor=2/decode/1",
@@ -24,12 +25,14 @@ CASES = (
     "data=2,sequence=2,tensor=2/prefill/4", "expert=4,tensor=2/long/1/int8/sequence=log",
     "sequence=8/long/2/sequence=ring", "expert=2,tensor=4/prefill/4/dispatch=all_to_all",
     "data=2,expert=4/prefill/8/dispatch=all_to_all", "data=2,expert=2,tensor=2/train/4",
-    *(f"skewed/{form}/{groups}/{tensor}" for form in ("all_to_all", "ragged")
-      for groups, tensor in ((1, 2), (3, 4))),
+    *(f"skewed/{form}/{rows}/{groups}/{tensor}" for form in ("all_to_all", "ragged")
+      for rows, groups, tensor in (("all", 1, 2), ("part", 3, 4))),
     "sequence=2,expert=4/long/1/int8/dispatch=ragged/groups=2",
-    "expert=4,tensor=2/decode/4/dispatch=ragged", "data=4,sequence=2/train/4/capacity=0.5",
-    *(f"expert=4,tensor=2/train/4/capacity={factor}/dispatch={form}" for factor in (0, 0.5, 1, 1.5)
-      for form in ("sum", "all_to_all", "ragged")),
+    "expert=4,tensor=2/decode/4/dispatch=ragged/rows=part", "data=4,sequence=2/train/4/capacity=0.5",
+    *(f"expert=4,tensor=2/train/4/capacity={factor}/dispatch={way}" for factor in (0, 0.5, 1.5)
+      for way in ("all_to_all", "ragged/rows=part")),
+    "expert=4,tensor=2/train/4/capacity=0.5/dispatch=sum",
+    "expert=2,tensor=4/prefill/4/dispatch=all_to_all/rows=part/groups=3",
     "sequence=2,expert=2,tensor=2/train/4/capacity=0.75/dispatch=all_to_all/groups=2",
     "slice=2,data=2,tensor=2/train/4", "sequence=4,tensor=2/train/4/context=gather",
 )

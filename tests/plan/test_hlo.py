@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 
+from mmx.parallel.exchange import FURTHER
 from mmx.plan import hlo, hlo_text
 from mmx.plan.hlo import Collective
 
@@ -246,6 +247,9 @@ def test_a_loop_whose_bounds_are_data_is_named_and_counts_its_pieces():
     assert [(one.count, one.bytes) for one in found(text("%blocks"))] == [(4, 64)]
     whole = text("%blocks").replace("fusion(%x, %n), kind=kLoop, calls=%piece", "slice(%x)")
     assert hlo.open_loops(whole) == {"search": 1}
+    rare = text("%blocks").replace("body=%blocks", 'body=%blocks, metadata={op_name="jit(f)/'
+                                   f'{FURTHER}/while"}}')
+    assert hlo.open_loops(rare) == {"search": 0} and found(rare) == []
 
 
 # A TPU overlaps one gather with two products: the same line stands in three fusions.

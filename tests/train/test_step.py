@@ -74,6 +74,27 @@ def test_accumulation_equals_the_big_batch():
         tolerances.assert_close(parts[1][name], whole[1][name], "kernel", what=name)
 
 
+def test_capacity_drops_pairs_and_says_how_many():
+    """Room for all changes nothing; less room loses pairs, and the metrics say their share."""
+    params, batch = tiny.params(), tiny.batch(6, 24)
+    whole, metrics = gradients(HOW, params, batch)
+    roomy = tiny.CONFIG.num_experts / tiny.CONFIG.experts_per_token
+    same, none = gradients(dataclasses.replace(HOW, moe_capacity=roomy), params, batch)
+    assert_same(same, whole)
+    assert "dropped" not in metrics and float(none["dropped"]) == 0
+    tight = dataclasses.replace(HOW, moe_capacity=0.5)
+    cut, some = gradients(tight, params, batch)
+    # Half of the pairs find no room at least, and more where an expert is not filled.
+    assert 0.5 <= float(some["dropped"]) < 0.7
+    assert all(np.isfinite(leaf).all() for leaf in cut.values())
+    assert float(some["loss"]) != float(metrics["loss"])
+    apart = gradients(dataclasses.replace(tight, accumulate=3), params, batch)[1]
+    assert 0.5 <= float(apart["dropped"]) < 0.7
+    # Evaluation drops nothing.
+    evaluated = [steps.make_eval_step(tiny.CONFIG, how)(params, batch) for how in (HOW, tight)]
+    assert float(evaluated[0]["nll"]) == float(evaluated[1]["nll"])
+
+
 def test_packed_samples_get_the_gradients_of_separate_ones():
     rng = np.random.default_rng(5)
     lengths = [25, 70, 37, 9]  # inside, across and at the edges of the chunks of 64
