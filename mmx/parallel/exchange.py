@@ -47,7 +47,8 @@ class Wire(NamedTuple):
 
 def exchange_experts(run: Callable, g_TD, weight_Tk, expert_Tk, local_experts: int, owners,
                      everyone, *, width=(), split: bool = True, form: str = "all_to_all",
-                     groups: int = 1, limit: int | None = None, inference: bool = True) -> jax.Array:
+                     groups: int = 1, limit: int | None = None,
+                     inference: bool = True) -> jax.Array:
     """Returns the weighted sum over each local token's experts, of g's dtype [T, D].
 
     Args:
@@ -187,8 +188,8 @@ def _ragged(g_TD, expert_Tk, local_experts: int, owners, limit) -> Wire:
     def send(number):
         at_sender, at_owner, size = parts(number)
         x_WD = jax.lax.ragged_all_to_all(
-            sorted_MD, jnp.zeros((W, g_TD.shape[1]), g_TD.dtype), at_sender[me], size[me], at_owner[me],
-            size[:, me], axis_name=owners)
+            sorted_MD, jnp.zeros((W, g_TD.shape[1]), g_TD.dtype), at_sender[me], size[me],
+            at_owner[me], size[:, me], axis_name=owners)
         place_W = number * W + jnp.arange(W)
         group_W = jnp.sum(place_W[:, None] >= ends, axis=1)
         return x_WD, jnp.where(group_W < E, group_W % local_experts, local_experts)

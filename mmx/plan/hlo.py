@@ -239,8 +239,10 @@ def _total(module: Module, own: Callable[[Computation, Instruction], collections
                 total.update(own(place, line))
                 if not line.called or (line.op == "fusion" and not fused):
                     continue
+                if line.op in ("while", "conditional") and hlo_text.RARE in line.source:
+                    continue
                 inner = max((of(called) for called in line.called), key=weight)
-                times = 0 if line.op == "conditional" and hlo_text.RARE in line.source else 1
+                times = 1
                 if line.op == "while":
                     times = hlo_text.trips(module, place, line)
                 for key, value in inner.items():

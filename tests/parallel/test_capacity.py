@@ -71,4 +71,4 @@ def test_a_global_router_drops_less_on_skewed_groups():
     report = json.loads(done.stdout.splitlines()[-1])
     assert len(report) == 6
     for name, share in report.items():
-        assert 0 < share["global"] < share["local"] < 1, name
+        assert 0 <= share["global"] < share["local"] < 1, name

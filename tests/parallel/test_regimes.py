@@ -10,9 +10,9 @@ import pytest
 
 from tests.tolerances import bound
 
-# MESH/REGIME/ROWS[/int8][/NAME=CHOICE], and skewed/DISPATCH/ROWS/GROUPS/TENSOR; rows are of
-# uneven length, tensor=4 has more devices than key/value heads, and a row alone cannot be split over the
-# batch axes.
+# MESH/REGIME/ROWS[/int8][/NAME=CHOICE], where rows are of uneven length, tensor=4 has more devices
+# than key/value heads, and a row alone cannot be split over the batch axes; and
+# skewed/DISPATCH/ROWS/GROUPS/TENSOR.
 QUICK = (
     "data=2,expert=2,tensor=2/decode/4/int8", "expert=2,tensor=4/prefill/4",
     "sequence=2,expert=2,tensor=2/long/1/dispatch=all_to_all", "data=2,sequence=2,expert=2/train/4",
@@ -28,9 +28,10 @@ CASES = (
     *(f"skewed/{form}/{rows}/{groups}/{tensor}" for form in ("all_to_all", "ragged")
       for rows, groups, tensor in (("all", 1, 2), ("part", 3, 4))),
     "sequence=2,expert=4/long/1/int8/dispatch=ragged/groups=2",
-    "expert=4,tensor=2/decode/4/dispatch=ragged/rows=part", "data=4,sequence=2/train/4/capacity=0.5",
-    *(f"expert=4,tensor=2/train/4/capacity={factor}/dispatch={way}" for factor in (0, 0.5, 1.5)
-      for way in ("all_to_all", "ragged/rows=part")),
+    "expert=4,tensor=2/decode/4/dispatch=ragged/rows=part",
+    "data=4,sequence=2/train/4/capacity=0.5",
+    *(f"expert=4,tensor=2/train/4/capacity={factor}/dispatch={way}"
+      for factor in (0, 0.5, 1.5) for way in ("all_to_all", "ragged/rows=part")),
     "expert=4,tensor=2/train/4/capacity=0.5/dispatch=sum",
     "expert=2,tensor=4/prefill/4/dispatch=all_to_all/rows=part/groups=3",
     "sequence=2,expert=2,tensor=2/train/4/capacity=0.75/dispatch=all_to_all/groups=2",
