@@ -15,9 +15,9 @@ from tests.tolerances import bound
 # skewed/DISPATCH/ROWS/GROUPS/TENSOR.
 QUICK = (
     "data=2,expert=2,tensor=2/decode/4/int8", "expert=2,tensor=4/prefill/4",
-    "sequence=2,expert=2,tensor=2/long/1/dispatch=all_to_all", "data=2,sequence=2,expert=2/train/4",
+    "sequence=2,expert=2,tensor=2/long/1/dispatch=all_to_all",
+    "data=2,sequence=2,expert=2/train/4/dispatch=ragged/groups=2/capacity=0.75",
     "skewed/all_to_all/all/1/1", "skewed/ragged/part/2/2",
-    "data=2,expert=2,tensor=2/train/4/dispatch=ragged/rows=part/groups=2/capacity=0.75",
 )
 CASES = (
     "tensor=4/decode/4", "expert=4,tensor=2/decode/4", "expert=2,tensor=2/decode/1",
@@ -25,6 +25,8 @@ CASES = (
     "data=2,sequence=2,tensor=2/prefill/4", "expert=4,tensor=2/long/1/int8/sequence=log",
     "sequence=8/long/2/sequence=ring", "expert=2,tensor=4/prefill/4/dispatch=all_to_all",
     "data=2,expert=4/prefill/8/dispatch=all_to_all", "data=2,expert=2,tensor=2/train/4",
+    "data=2,sequence=2,expert=2/train/4",
+    "data=2,expert=2,tensor=2/train/4/dispatch=ragged/rows=part/groups=2/capacity=0.75",
     *(f"skewed/{form}/{rows}/{groups}/{tensor}" for form in ("all_to_all", "ragged")
       for rows, groups, tensor in (("all", 1, 2), ("part", 3, 4))),
     "sequence=2,expert=4/long/1/int8/dispatch=ragged/groups=2",

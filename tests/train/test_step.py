@@ -88,11 +88,9 @@ def test_capacity_drops_pairs_and_says_how_many():
     assert 0.5 <= float(some["dropped"]) < 0.7
     assert all(np.isfinite(leaf).all() for leaf in cut.values())
     assert float(some["loss"]) != float(metrics["loss"])
-    apart = gradients(dataclasses.replace(tight, accumulate=3), params, batch)[1]
-    assert 0.5 <= float(apart["dropped"]) < 0.7
     # Evaluation drops nothing.
-    evaluated = [steps.make_eval_step(tiny.CONFIG, how)(params, batch) for how in (HOW, tight)]
-    assert float(evaluated[0]["nll"]) == float(evaluated[1]["nll"])
+    evaluated = steps.make_eval_step(tiny.CONFIG, tight)(params, batch)
+    tolerances.assert_close(evaluated["nll"], np.sum(metrics["nll"]), "kernel")
 
 
 def test_packed_samples_get_the_gradients_of_separate_ones():
