@@ -1,8 +1,8 @@
 """Attention over a paged cache: rows of any number of queries, prefill and decode in one call.
 
 The TPU form is jax's kernel behind an adapter: block sizes from data, what lies beyond the last
-query zeroed, its cost told. Compiled for v5e and v6e, not run; no interpreter takes it (it reshapes
-references). The form for XLA visits the pages that are held, row by row.
+query zeroed, its cost told. Compiled for v4, v5e, v5p, v6e and tpu7x, not run; no interpreter takes
+it (it reshapes references). The form for XLA visits the pages that are held, row by row.
 """
 
 import math
