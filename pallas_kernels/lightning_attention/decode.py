@@ -43,8 +43,11 @@ def takes_hopper_kernels(dtype, H: int) -> bool:
 
 
 def takes_triton_kernels(H: int) -> bool:
-    """Whether programs traced now run on an NVIDIA GPU that Triton's kernels and packages fit."""
-    if dispatch.platform() != "gpu":
+    """Whether Triton's kernels are the automatic choice where programs traced now run.
+
+    Not on Hopper, where XLA has been measured and they have not.
+    """
+    if dispatch.platform() != "gpu" or tuning.hopper():
         return False
     from pallas_kernels.lightning_attention import triton_gpu_vjp
 

@@ -183,8 +183,8 @@ def test_the_gpu_at_hand_says_what_it_is(monkeypatch, kind, capability, found, u
     ("NVIDIA A100-SXM4-80GB", "bfloat16", 128, False, "xla"),
     ("NVIDIA A100-SXM4-80GB", "bfloat16", 96, True, "xla"),
     ("NVIDIA H200", "bfloat16", 128, True, "mosaic_gpu"),
-    ("NVIDIA H200", "float32", 128, True, "triton_gpu"),
-    ("NVIDIA H200", "bfloat16", 32, True, "triton_gpu"),
+    ("NVIDIA H200", "float32", 128, True, "xla"),
+    ("NVIDIA H200", "bfloat16", 32, True, "xla"),
     ("Tesla V100-SXM2-16GB", "float32", 128, True, "xla"),
 ], ids=str)
 def test_the_form_chosen_by_itself(monkeypatch, name, dtype, H, installed, form):
@@ -204,7 +204,7 @@ def test_the_form_chosen_by_itself(monkeypatch, name, dtype, H, installed, form)
         jax.eval_shape(both, x, states, slots)
     in_slots = form
     if form == "mosaic_gpu" and not mosaic_gpu_decode.AVAILABLE:
-        in_slots = "triton_gpu"
+        in_slots = "xla"
     assert chosen == [form, in_slots]
 
 

@@ -1,7 +1,7 @@
 """Triton's interpreter for kernels of this package, without torch: NumPy buffers in its place.
 
 Set TRITON_INTERPRET=1 before `triton` is imported; `install()` then makes `triton_gpu.launch`
-interpret on the CPU, under jit and gradients too.
+interpret on the CPU, gradients too.
 """
 
 import threading
