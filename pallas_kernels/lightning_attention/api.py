@@ -68,7 +68,8 @@ def lightning_attention(
         "pallas_tpu" (the automatic choice on TPU for heads of a multiple of 128; interpreted on a
         CPU), "mosaic_gpu" (the automatic choice on Hopper GPUs for bfloat16 and heads of 64 or
         128), "triton_gpu" (the automatic choice on other NVIDIA GPUs of compute capability 8.0 or
-        more, for heads of 16, 32, 64 or 128 where jax-triton is installed), or None. One token alone is a decode step under None, whatever the device.
+        more, for heads of 16, 32, 64 or 128 where jax-triton is installed), or None. One token
+        alone is a decode step under None, whatever the device.
 
     Returns:
       Output [B, T, N, H] in q's dtype, and the float32 state [B, N, H, H] after the last token.
