@@ -25,11 +25,10 @@ from mmx.plan.pods import parse_pod  # noqa: E402
 from mmx.sharding.rules import PREFILL  # noqa: E402
 from pallas_kernels import dispatch  # noqa: E402
 
-# A gather runs beside products only where the compiler is told so.
-OPTIONS = {"tpu": {f"xla_{name}": "true" for name in (
+# On TPU a gather runs beside products only where the compiler is told so.
+OPTIONS = {"gpu": {}, "tpu": {f"xla_{name}": "true" for name in (
     "enable_async_all_gather", "tpu_enable_async_collective_fusion",
-    "tpu_enable_async_collective_fusion_fuse_all_gather")},
-    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": "true"}}
+    "tpu_enable_async_collective_fusion_fuse_all_gather")}}
 
 
 def compiled(name: str, tokens: str, what: str):
