@@ -80,6 +80,9 @@ def _loss(config: ModelConfig, how: StepConfig, params, batch: Batch,
     x_BTD, aux = model.forward(config, params, ids_BT, starts_BT=batch.starts_BT,
                                dtype=how.dtype, remat=how.remat, hidden=True,
                                moe_capacity=how.moe_capacity, ops=ops)
+    if ops is not None:
+        # Gathered once; inside the loss's loop it would be for every chunk, and its gradient, too.
+        params = {**params, "head/weight": ops.use(params["head/weight"], "vocab", "embed")}
     loss = token_loss(partial(model.logits_of, config, params), x_BTD, targets_BT,
                       batch.weights_BT, config.vocab_size)
     return loss, model.load_balance_by_layer(aux), jnp.mean(aux.dropped_L)
