@@ -37,23 +37,8 @@ run_name=${ALL//,/|}
 check --only "$only" "($run_name)(,($run_name))*" "it takes names of $ALL."
 check --peers "$peers" '|(fla|transformers)(,(fla|transformers))*' 'it takes fla, transformers.'
 
-if [ -n "${MMX_PYTHON:-}" ]; then
-  PY=$MMX_PYTHON
-elif [ -n "${VIRTUAL_ENV:-}" ]; then
-  PY=$VIRTUAL_ENV/bin/python
-elif [ -n "$DRY_RUN" ]; then
-  PY=${VENV:-.venv}/bin/python
-else
-  setup_env "[cuda]"
-  PY=$VENV/bin/python
-fi
-if [ -z "$DRY_RUN" ]; then
-  "$PY" -c 'import mmx' 2>/dev/null ||
-    fail "$PY cannot import mmx. Install it there with: pip install '.[cuda]'"
-  [ "${JAX_PLATFORMS:-}" = cpu ] || command -v nvidia-smi >/dev/null 2>&1 ||
-    fail "there is no nvidia-smi, so no CUDA driver. JAX_PLATFORMS=cpu tries it on the CPU."
-  . launch/env.sh cuda
-fi
+gpu_python
+[ -n "$DRY_RUN" ] || . launch/env.sh cuda
 # Inputs and peers take memory as they come; a row that does not fit frees its own.
 run export XLA_PYTHON_CLIENT_PREALLOCATE=false
 

@@ -49,25 +49,12 @@ check --devices "$devices" '[2-9]|[1-9][0-9]' 'it is a number of GPUs from 2.'
 check --chunk "$chunk" '[1-9][0-9]{0,6}' 'it is a number of tokens.'
 check --model "$model" '[a-z0-9]+' 'it is the name of a preset.'
 
-if [ -n "${MMX_PYTHON:-}" ]; then
-  PY=$MMX_PYTHON
-elif [ -n "${VIRTUAL_ENV:-}" ]; then
-  PY=$VIRTUAL_ENV/bin/python
-elif [ -n "$DRY_RUN" ]; then
-  PY=${VENV:-.venv}/bin/python
-else
-  setup_env "[cuda]"
-  PY=$VENV/bin/python
-fi
+gpu_python
 if [ -z "$DRY_RUN" ]; then
-  "$PY" -c 'import mmx' 2>/dev/null ||
-    fail "$PY cannot import mmx. Install it there with: pip install '.[cuda]'"
   if [ "${JAX_PLATFORMS:-}" = cpu ]; then
     # Simulated devices, to try it out.
     MMX_CPU_DEVICES=$devices . launch/env.sh cpu
   else
-    command -v nvidia-smi >/dev/null 2>&1 ||
-      fail "there is no nvidia-smi, so no CUDA driver. JAX_PLATFORMS=cpu tries it on the CPU."
     found=$(nvidia-smi --list-gpus | grep -c '^GPU ' || true)
     [ "$found" -ge "$devices" ] ||
       fail "--devices=$devices: nvidia-smi lists $found. Lower it, or take a larger machine."

@@ -53,6 +53,26 @@ check() {
   [[ $2 =~ ^($3)$ ]] || fail "$1='$2' is not right: $4"
 }
 
+# gpu_python: PY becomes a Python that has mmx on a CUDA machine; see MMX_PYTHON of the scripts that
+# measure. JAX_PLATFORMS=cpu does without the driver. Needs setup_env.sh.
+gpu_python() {
+  if [ -n "${MMX_PYTHON:-}" ]; then
+    PY=$MMX_PYTHON
+  elif [ -n "${VIRTUAL_ENV:-}" ]; then
+    PY=$VIRTUAL_ENV/bin/python
+  elif [ -n "$DRY_RUN" ]; then
+    PY=${VENV:-.venv}/bin/python
+  else
+    setup_env "[cuda]"
+    PY=$VENV/bin/python
+  fi
+  [ -z "$DRY_RUN" ] || return 0
+  "$PY" -c 'import mmx' 2>/dev/null ||
+    fail "$PY cannot import mmx. Install it there with: pip install '.[cuda]'"
+  [ "${JAX_PLATFORMS:-}" = cpu ] || command -v nvidia-smi >/dev/null 2>&1 ||
+    fail "there is no nvidia-smi, so no CUDA driver. JAX_PLATFORMS=cpu tries it on the CPU."
+}
+
 # json WORD: a JSON string, which is YAML too.
 json() {
   local text=$1

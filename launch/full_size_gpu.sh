@@ -44,21 +44,8 @@ check --layers "$layers" '[0-9]{0,3}' 'it is a whole number.'
 check --model "$model" '[a-z0-9]+' 'it is the name of a preset.'
 check --long "$long" '[0-9]{1,8}' 'it is a number of tokens.'
 
-if [ -n "${MMX_PYTHON:-}" ]; then
-  PY=$MMX_PYTHON
-elif [ -n "${VIRTUAL_ENV:-}" ]; then
-  PY=$VIRTUAL_ENV/bin/python
-elif [ -n "$DRY_RUN" ]; then
-  PY=${VENV:-.venv}/bin/python
-else
-  setup_env "[cuda]"
-  PY=$VENV/bin/python
-fi
+gpu_python
 if [ -z "$DRY_RUN" ]; then
-  "$PY" -c 'import mmx' 2>/dev/null ||
-    fail "$PY cannot import mmx. Install it there with: pip install '.[cuda]'"
-  [ "${JAX_PLATFORMS:-}" = cpu ] || command -v nvidia-smi >/dev/null 2>&1 ||
-    fail "there is no nvidia-smi, so no CUDA driver. JAX_PLATFORMS=cpu tries it on the CPU."
   if [ "${JAX_PLATFORMS:-}" = cpu ]; then . launch/env.sh cpu; else . launch/env.sh cuda; fi
 fi
 

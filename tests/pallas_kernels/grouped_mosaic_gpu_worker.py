@@ -21,6 +21,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import api, mosaic_gpu_kernel, mosaic_gpu_vjp, reference
 from pallas_kernels.grouped_matmul.mosaic_gpu_kernel import Config
 from pallas_kernels.grouped_matmul.stacked import Stacked
+from tests.pallas_kernels import hopper
 from tests.tolerances import norm_ratio
 
 SMALL = {  # name -> M, group sizes, D, F, config, inside a stack
@@ -108,20 +109,7 @@ REAL = {  # kind/rows -> config; the model's widths, a stack of two layers
 
 
 def compile_one(case):
-    from pathlib import Path
-
-    from jax.experimental import topologies
-
-    from mmx.plan import topology
-
-    target = (Path(topology.__file__).parent / "h200.textproto").read_text()
-    device = topologies.get_topology_desc(
-        "h200", platform="cuda", topology="1x1x1", target_config=target)
-    mesh = jax.sharding.Mesh(np.array(device.devices), ("x",))
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-    def array(shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+    mesh, array = hopper.h200()
 
     kind, rows, name = case.split("/")
     M, E, D, F = int(rows), 32, 6144, 9216

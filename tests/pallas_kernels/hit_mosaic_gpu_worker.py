@@ -19,6 +19,7 @@ import numpy as np
 from pallas_kernels.experts import hit_mosaic_gpu, reference
 from pallas_kernels.grouped_matmul.stacked import Stacked
 from pallas_kernels.quantized import QuantizedTensor
+from tests.pallas_kernels import hopper
 from tests.tolerances import norm_ratio
 
 E, K, D, F = 4, 2, 128, 256
@@ -66,20 +67,7 @@ def interpret(case):
 
 
 def compile_one(case):
-    from pathlib import Path
-
-    from jax.experimental import topologies
-
-    from mmx.plan import topology
-
-    target = (Path(topology.__file__).parent / "h200.textproto").read_text()
-    device = topologies.get_topology_desc(
-        "h200", platform="cuda", topology="1x1x1", target_config=target)
-    mesh = jax.sharding.Mesh(np.array(device.devices), ("x",))
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-    def array(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=everywhere)
+    mesh, array = hopper.h200()
 
     dtype, T = case.split("/")
     T, layers, experts, hidden, width = int(T), 2, 32, 6144, 9216

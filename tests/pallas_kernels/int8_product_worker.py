@@ -12,7 +12,6 @@ os.environ["NPROC"] = "16"  # the interpreter needs more threads than cores
 
 import json
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from pallas_kernels.grouped_matmul.stacked import Stacked
 from pallas_kernels.int8_product import api, mosaic_gpu
 from pallas_kernels.quantized import QuantizedTensor, TurnedTensor
 from tests.pallas_kernels import hit_mosaic_gpu_worker as hit
+from tests.pallas_kernels import hopper
 from tests.tolerances import norm_ratio
 
 
@@ -62,18 +62,7 @@ def experts(kind, one_pass, how):
 
 
 def compile_one(case):
-    from jax.experimental import topologies
-
-    from mmx.plan import topology
-
-    target = (Path(topology.__file__).parent / "h200.textproto").read_text()
-    device = topologies.get_topology_desc(
-        "h200", platform="cuda", topology="1x1x1", target_config=target)
-    mesh = jax.sharding.Mesh(np.array(device.devices), ("x",))
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-    def array(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=everywhere)
+    mesh, array = hopper.h200()
 
     def turned(*lead, inner, outer):
         return TurnedTensor(array((2, *lead, outer, inner), "int8"),

@@ -30,6 +30,7 @@ from pallas_kernels.lightning_attention import (
     mosaic_gpu_decode,
     mosaic_gpu_state,
 )
+from tests.pallas_kernels import hopper
 from tests.pallas_kernels.lightning_spans import expected
 from tests.reference import lightning as f64
 from tests.tolerances import norm_ratio
@@ -162,20 +163,7 @@ REAL = {
 
 
 def compile_one(case):
-    from pathlib import Path
-
-    from jax.experimental import topologies
-
-    from mmx.plan import topology  # noqa: F401  its folder holds the GPU's description
-
-    target = (Path(topology.__file__).parent / "h200.textproto").read_text()
-    device = topologies.get_topology_desc(
-        "h200", platform="cuda", topology="1x1x1", target_config=target)
-    mesh = jax.sharding.Mesh(np.array(device.devices), ("x",))
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-    def array(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+    mesh, array = hopper.h200()
 
     kind, name = case.split("/")
     bf16, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32

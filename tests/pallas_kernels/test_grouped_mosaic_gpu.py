@@ -1,11 +1,8 @@
 """Our grouped products for Hopper, interpreted on a CPU and compiled for an H200."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,26 +12,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.grouped_matmul import mosaic_gpu_kernel
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.grouped_matmul.mosaic_gpu_items import items_of
+from tests.pallas_kernels import hopper
 from tests.tolerances import bound
 
-ROOT = Path(__file__).parent.parent.parent
 NAMES = ("ragged", "full", "nothing", "few_rows", "wide_rows", "in_stack", "blocks_of_tiles",
          "cluster")
 INTERPRETED = [*(f"{kind}/{name}" for kind in ("matmul", "swiglu") for name in NAMES),
                "gradient/matmul", "gradient/swiglu"]
 COMPILED = ["matmul/4096/public", "swiglu/4096/public", "matmul/32768/cluster",
             "swiglu/32768/cluster", "matmul/32768/wide_rows", "swiglu/32768/wide_rows"]
-
-
-def work(what, cases, timeout, **environment):
-    env = {key: value for key, value in os.environ.items()
-           if what == "interpret" or not key.startswith("JAX_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.pallas_kernels.grouped_mosaic_gpu_worker", what, *cases],
-        cwd=ROOT, env={**env, "PYTHONPATH": str(ROOT), **environment}, capture_output=True,
-        text=True, timeout=timeout)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    return done.stdout
+work = partial(hopper.work, "grouped_mosaic_gpu_worker")
 
 
 @pytest.fixture(scope="module")

@@ -1,34 +1,21 @@
 """The Hopper kernel of a decode step's experts, interpreted on a CPU and compiled for an H200."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.experts.api import hit_experts
+from tests.pallas_kernels import hopper
 from tests.tolerances import bound
 
-ROOT = Path(__file__).parent.parent.parent
 INTERPRETED = [f"{dtype}/{kind}" for dtype in ("bfloat16", "int8")
                for kind in ("even", "skewed", "nobody", "one_token")]
 COMPILED = [f"{dtype}/{T}" for dtype in ("bfloat16", "int8") for T in (1, 64, 256)]
-
-
-def work(what, cases, **environment):
-    env = {key: value for key, value in os.environ.items()
-           if what == "interpret" or not key.startswith("JAX_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.pallas_kernels.hit_mosaic_gpu_worker", what, *cases],
-        cwd=ROOT, env={**env, "PYTHONPATH": str(ROOT), **environment}, capture_output=True,
-        text=True, timeout=600)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    return done.stdout
+work = partial(hopper.work, "hit_mosaic_gpu_worker")
 
 
 @pytest.fixture(scope="module")

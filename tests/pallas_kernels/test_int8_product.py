@@ -1,11 +1,8 @@
 """int8 matrices laid [out, in]: their forms, and the Hopper kernel interpreted and compiled."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +15,9 @@ from pallas_kernels.grouped_matmul.stacked import Stacked, cut
 from pallas_kernels.int8_product.api import int8_product
 from pallas_kernels.int8_product.mosaic_gpu import two_parts
 from pallas_kernels.quantized import QuantizedTensor, TurnedTensor, dequantize
+from tests.pallas_kernels import hopper
 from tests.tolerances import assert_close, bound
 
-ROOT = Path(__file__).parent.parent.parent
 INTERPRETED = ["dense/1", "dense/33", "dense/70"] + [
     f"{what}/{kind}" for what in ("experts", "one_pass")
     for kind in ("even", "skewed", "nobody", "one_token")]
@@ -105,17 +102,7 @@ def test_what_the_kernel_does_not_take_is_refused(dtype, shape, message):
     turned = TurnedTensor.of(weight(shape, (0,)), (0,))
     with pytest.raises(ValueError, match=message):
         api._mosaic_gpu(jnp.zeros((2, 128), dtype), turned, interpret=True)
-
-
-def work(what, cases, **environment):
-    env = {key: value for key, value in os.environ.items()
-           if what == "interpret" or not key.startswith("JAX_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.pallas_kernels.int8_product_worker", what, *cases],
-        cwd=ROOT, env={**env, "PYTHONPATH": str(ROOT), **environment}, capture_output=True,
-        text=True, timeout=600)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    return done.stdout
+work = partial(hopper.work, "int8_product_worker")
 
 
 @pytest.fixture(scope="module")

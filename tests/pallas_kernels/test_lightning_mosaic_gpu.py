@@ -1,11 +1,8 @@
 """The Hopper kernels of lightning attention, interpreted on a CPU and compiled for an H200."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +10,12 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.lightning_attention import mosaic_gpu, mosaic_gpu_backward, mosaic_gpu_decode
+from tests.pallas_kernels import hopper
 from tests.tolerances import bound
 
 if not hasattr(plgpu, "InterpretGPUParams"):
     pytest.skip("the GPU interpreter came with jax 0.11", allow_module_level=True)
 
-ROOT = Path(__file__).parent.parent.parent
 MOST_SHARED_MEMORY = 232448  # bytes a block of an H200 may have
 FORWARD = ("one_token", "one_chunk", "tail", "fast_decay", "whole_head", "packed", "lengths",
            "packed_lengths", "packed_long", "parts", "parts_fast", "parts_fast_lengths",
@@ -38,17 +35,7 @@ COMPILED = [*(f"forward/{x}" for x in (
     *(f"state/{x}" for x in ("8x8192", "1x524288", "packed_1x131072", "packed_lengths_2x4097")),
     *(f"decode/{x}" for x in ("1", "256", "16x2", "16x4", "16_resident", "16_resident_wide")),
     "public/2"]
-
-
-def work(what, cases, timeout, **environment):
-    env = {key: value for key, value in os.environ.items()
-           if what == "interpret" or not key.startswith("JAX_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.pallas_kernels.lightning_mosaic_gpu_worker", what, *cases],
-        cwd=ROOT, env={**env, "PYTHONPATH": str(ROOT), **environment}, capture_output=True,
-        text=True, timeout=timeout)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    return done.stdout
+work = partial(hopper.work, "lightning_mosaic_gpu_worker")
 
 
 @pytest.fixture(scope="module")
