@@ -62,8 +62,8 @@ class Chip:
 
 # Memory of TPUs: "exceeds available HBM" of the compiler (libtpu 0.0.42). The rest: the pages of
 # Google Cloud named beside each chip ("Bidirectional ICI bandwidth per chip" over ports over two;
-# "DCN bandwidth per chip" times the four chips of a host), read again in November 2026: rates,
-# bandwidths, ports and chips in a pod are theirs for v5e, v5p, v6e and tpu7x.
+# "DCN bandwidth per chip" times the four chips of a host), compared in November 2026 for v5e, v5p,
+# v6e and tpu7x but for the int8 rate of v5p; ports of v5p and tpu7x, and v4, as far as is known.
 CHIPS = {chip.name: chip for chip in (
     # docs.cloud.google.com/tpu/docs/v4: 275 bf16 and int8, 1228 GB/s, 6 ports of 50 GB/s; its two
     # cores compiled as one ("megacore"; apart they have 15.25 each); DCN taken as v5p's.
@@ -81,9 +81,9 @@ CHIPS = {chip.name: chip for chip in (
     Chip("tpu7x", "tpu", 2, 94.74, 3690, 1153.5, None, 50, 6, 50, 8, dims=3, largest=9216,
          d2d_gbps=600),
     # NVIDIA's H200 SXM data sheet: 989 and 1979 dense (half of what it says with sparsity), tf32
-    # 494 dense, float32 67, 4.8 TB/s, NVLink 900 GB/s both ways in 18 links; 8 x 400 Gbit/s per
-    # host (cloud.google.com, A3 Ultra). 139 GiB is what the allocator of
-    # jax gets of the whole; 5 of them are left to NCCL, cuBLAS and the programs themselves.
+    # 494 dense, float32 67 (these two not compared again), 4.8 TB/s, NVLink 900 GB/s both ways in
+    # 18 links; 8 x 400 Gbit/s per host (cloud.google.com, A3 Ultra). 139 GiB is what the allocator
+    # of jax gets of the whole; 5 of them are left to NCCL, cuBLAS and the programs themselves.
     Chip("h200", "cuda", 1, 139.0 - 5.0, 4800, 989, 1979, 25, 18, 400, 8, largest=4096,
          headroom_gib=5.0, tf32_tflops=494, f32_tflops=67),
 )}

@@ -14,8 +14,8 @@ LABEL = "estimate from counts and data sheets; not measured"
 # One hop between neighbouring TPUs (jax-ml.github.io/scaling-book, "Sharded Matrices").
 HOP_S = 1e-6
 # An exchange of GPUs by NCCL: its start, one step of a ring over NVLink, one between hosts (the
-# latencies of protocol LL in src/graph/tuning.cc of github.com/NVIDIA/nccl, release 2.19). Between
-# slices of TPUs nothing is counted.
+# latencies of protocol LL in src/graph/tuning.cc of github.com/NVIDIA/nccl, about release 2.19).
+# Between slices of TPUs nothing is counted.
 START_S, NVLINK_S, NET_S = 6.6e-6, 0.6e-6, 2.7e-6
 
 
