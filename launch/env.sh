@@ -54,12 +54,14 @@ _mmx_platform() {
       # A missing accelerator is an error at once, not a run on the host's CPU.
       _mmx_set JAX_PLATFORMS tpu,cpu
       # Latency-hiding scheduler and asynchronous gathers are libtpu's defaults: not repeated here.
-      # One group's tokens travel to their experts while another group computes; off by default.
-      flags+=(--xla_tpu_enable_async_all_to_all=true)
-      flags+=(--xla_tpu_enable_async_ragged_all_to_all=true)
       if [ "$1" = v5e ]; then
         # Sums of tensor parallelism run beside products; XLA's guide advises it for v5e.
         flags+=(--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true)
+      else
+        # One group's tokens travel to their experts while another group computes; off by default.
+        # For v5e:8x8 the compiler refuses both ("not supported on limited ICI").
+        flags+=(--xla_tpu_enable_async_all_to_all=true)
+        flags+=(--xla_tpu_enable_async_ragged_all_to_all=true)
       fi
       if [ "${MMX_SLICES:-1}" -gt 1 ]; then
         # Gradients cross the slow network between slices while the next layers compute.

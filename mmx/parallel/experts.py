@@ -11,7 +11,7 @@ from mmx.parallel import capacity as capacities
 from mmx.parallel.exchange import ROOM, exchange_experts
 from mmx.parallel.ops import Ops
 from mmx.sharding.rules import axes_of
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tuning
 from pallas_kernels.grouped_matmul.stacked import Stacked
 from pallas_kernels.quantized import QuantizedTensor
 
@@ -99,13 +99,18 @@ def _method(ops, possible: bool, parts: int, k: int, pairs: int, trained: bool) 
     """
     method = ops.names.get("dispatch")
     if method is None:
-        ragged = dispatch.platform() != "cpu"
+        ragged = _has_ragged()
         if not possible or trained or parts <= ROOM * k and not (ragged and pairs >= MANY):
             return SUM
         return RAGGED if ragged else PADDED
     if method not in METHODS:
         raise ValueError(f"dispatch='{method}' is not one of {', '.join(map(repr, METHODS))}.")
     return method if possible else SUM
+
+
+def _has_ragged() -> bool:
+    """Not XLA for CPUs, and not its v5e: "not supported in limited ICI routing settings" (8x8)."""
+    return dispatch.platform() != "cpu" and tuning.chip() != "v5e"
 
 
 def _split(ops, owners, pairs: int) -> bool:

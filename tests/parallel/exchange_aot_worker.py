@@ -62,7 +62,8 @@ def compiled(pod, mesh, tokens, names):
     with dispatch.compiling_for(platform), \
             jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(trained_run if trained else run).lower(*arguments)
-        return lowered.compile(compiler_options=OPTIONS if platform == "tpu" else None)
+        options = OPTIONS if pod.chip.platform == "tpu" and pod.chip.name != "v5e" else None
+        return lowered.compile(compiler_options=options)
 
 
 def flights(text):

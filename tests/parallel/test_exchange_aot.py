@@ -15,6 +15,7 @@ WAYS = ("sum", "all_to_all/rows=all", "ragged/rows=all", "ragged/rows=part")
 POD = f"v6e:4x8/expert=8,tensor=4/{TOKENS}/dispatch="
 GROUPS = POD.replace(str(TOKENS), "16384") + "ragged/rows=all/groups=2"
 TRAIN = POD + "ragged/train/capacity=1.25"
+V5E = "v5e:8x8/expert=8,tensor=8/1024/groups=1"
 GPU = f"h200:1x8/expert=4,tensor=2/{TOKENS}/dispatch=ragged/rows=all"
 
 
@@ -30,7 +31,7 @@ def compile_all(cases):
 
 @pytest.fixture(scope="module")
 def tpu():
-    return compile_all([*(POD + way for way in WAYS), GROUPS, TRAIN])
+    return compile_all([*(POD + way for way in WAYS), GROUPS, TRAIN, V5E])
 
 
 def close(sent, bytes):
@@ -65,6 +66,12 @@ def test_training_with_capacity_compiles(tpu):
     found = tpu[TRAIN]
     # There and back, forward and backward.
     assert close(found["sent"]["ragged-all-to-all expert"], 4 * K * BYTES * 7 / 8 / 4)
+
+
+@pytest.mark.tpu_aot
+def test_the_choice_compiles_where_the_ragged_form_does_not(tpu):
+    assert set(tpu[V5E]["sent"]) >= {"all-to-all expert"}
+    assert not any("ragged" in name for name in tpu[V5E]["sent"])
 
 
 @pytest.mark.gpu_aot
