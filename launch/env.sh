@@ -59,8 +59,9 @@ _mmx_platform() {
         flags+=(--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true)
       else
         # One group's tokens travel to their experts while another group computes; off by default.
-        # For v5e:8x8 the compiler refuses both ("not supported on limited ICI").
+        # For v5e:8x8 the compiler refuses this and the next ("not supported on limited ICI").
         flags+=(--xla_tpu_enable_async_all_to_all=true)
+        # The same for exchanges of exact sizes.
         flags+=(--xla_tpu_enable_async_ragged_all_to_all=true)
       fi
       if [ "${MMX_SLICES:-1}" -gt 1 ]; then
