@@ -34,7 +34,7 @@ def main():
         mesh, rules = parse_mesh(text), REGIMES[regime]
         ops, lying = MeshOps(mesh, rules), regimes.place(given, mesh, rules)
         if regime == "train":
-            got, wanted = regimes.train(lying, ops), regimes.train(given)
+            got, wanted = regimes.train(lying, ops=ops), regimes.train(given)
         else:
             got, wanted = regimes.serve(lying, 4, ops), regimes.serve(given, 4)
         assert all(a.shape == b.shape for a, b in zip(got, wanted, strict=True))
