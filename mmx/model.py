@@ -248,7 +248,8 @@ def _lookup(params: Params, prefix: str) -> Factory:
 def _run(config, params, ids_BT, tokens, memories, dtype, remat, ops: Ops):
     """Embedding, all stacks, final norm. Returns (x, new memories, Aux)."""
     dtype = jnp.dtype(dtype or params["norm/weight"].dtype)
-    x = Embedding(config, _lookup(params, "embed"))(ids_BT, dtype)
+    embedding = Embedding(config, _lookup(params, "embed"))
+    x = ops.look_up(lambda ids_BT: embedding(ids_BT, dtype), ids_BT)
     x = ops.constrain(x, "batch", "time", None)
     slopes_LN = decay_slopes(config)
     new_memories, stats = [], []

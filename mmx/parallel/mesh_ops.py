@@ -51,6 +51,15 @@ class MeshOps(Ops):
         whole = [None if name == "embed" else name for name in logical]
         return jax.tree.map(lambda leaf: self.constrain(leaf, *whole), weight)
 
+    def look_up(self, table, ids_BT):
+        """One id alone is looked up twice: XLA for GPUs makes it a slice of the table, and gathers
+        the whole table for that (2.3 GiB a step on two).
+        """
+        if ids_BT.size > 1:
+            return table(ids_BT)
+        # Behind a barrier, as a slice of two rows would become a slice of the table.
+        return jax.lax.optimization_barrier(table(jnp.concatenate([ids_BT, ids_BT])))[:1]
+
     def cache_kv_heads(self, kv_heads: int) -> int:
         parts = math.prod(self.mesh.shape.get(name, 1) for name in self.rules.heads)
         if kv_heads % parts == 0:

@@ -32,6 +32,10 @@ class Ops:
         """A parameter as the next product wants it: whole along a split `embed`, or as it lies."""
         return weight
 
+    def look_up(self, table: Callable, ids_BT: jax.Array) -> jax.Array:
+        """`table(ids_BT)`: rows of a table whose words may lie apart."""
+        return table(ids_BT)
+
     def cache_kv_heads(self, kv_heads: int) -> int:
         """Key/value heads that a cache holds: copies, where there are more devices than heads."""
         return kv_heads

@@ -1,4 +1,4 @@
-"""A decode step over a mesh sends logits, never the head's weights (read from the program)."""
+"""A decode step over a mesh sends rows, never a table of all words (read from the program)."""
 
 import json
 import os
@@ -42,3 +42,18 @@ def test_decode_gathers_logits_and_not_the_head():
     for mesh, gathered in found.items():
         assert f"4,{vocab}" in gathered, mesh
         assert f"{vocab},{hidden}" not in gathered, mesh
+
+
+@pytest.mark.gpu_aot
+def test_one_row_gathers_neither_table():
+    """One id and one row of logits: what XLA for GPUs would make a slice and a vector product."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mmx", "plan", "--model=period", "--pod=h200:1x2", "--mesh=tensor=2",
+         "--batch=1", "--context=2048", "--json"], cwd=ROOT, capture_output=True, text=True,
+        timeout=300, env={name: value for name, value in os.environ.items()
+                          if not name.startswith("JAX_")} | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    # A row of logits is 0.8 MB, a table 2.5 GB.
+    assert max(one["bytes"] for one in found["collectives"]) < 1 << 20
+    assert found["bytes_per_device"]["temporaries"] < 1 << 28
