@@ -25,6 +25,21 @@ _UNIT = 256
 ROUNDS = 5
 
 
+def compiled(program, weight_bytes: int, *arguments) -> tuple[Callable, dict]:
+    """A jitted program compiled for the arguments, and facts: compile_s, and one device's
+    planned_bytes and planned_temporaries by the compiler's count, which is `mmx plan`'s.
+    """
+    begin = time.perf_counter()
+    done = program.lower(*arguments).compile()
+    found = {"compile_s": time.perf_counter() - begin}
+    try:
+        memory = programs.memory_of(done, {"weights": weight_bytes})
+        found |= {"planned_bytes": memory.total, "planned_temporaries": memory.temporaries}
+    except (AttributeError, NotImplementedError):
+        pass  # a backend that counts nothing
+    return done, found
+
+
 class Model:
     """Random weights of a geometry on a mesh. `init_s`: seconds to draw them, compiling too."""
 
@@ -79,15 +94,7 @@ class Model:
 
         program, ids = ((steps._prefill, numbers(1, size)) if name == "prefill" else
                         (steps._decode, numbers(rows)))
-        begin = time.perf_counter()
-        compiled = program.lower(self.params, cache, ids, numbers(rows)).compile()
-        found = {"compile_s": time.perf_counter() - begin}
-        try:
-            memory = programs.memory_of(compiled, {"weights": self.weight_bytes})
-            found |= {"planned_bytes": memory.total, "planned_temporaries": memory.temporaries}
-        except (AttributeError, NotImplementedError):
-            pass  # a backend that counts nothing
-        return compiled, found
+        return compiled(program, self.weight_bytes, self.params, cache, ids, numbers(rows))
 
     def _prefill(self, job: Job, until: float, trace, then: int) -> tuple[Timing, dict]:
         steps = Steps(self.config, self.params, 1, self.dtype, self.mesh)

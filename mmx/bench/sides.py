@@ -1,7 +1,6 @@
 """One model on one device, or over a mesh: the engine's programs, compiled before weights exist."""
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mmx import cache as caches
 from mmx import model
 from mmx.bench import full_arrays
-from mmx.bench.full_model import room
+from mmx.bench.full_model import compiled, room
 from mmx.bench.timing import Run
 from mmx.bench.whole import STEPS, Job
 from mmx.cache import Cache
@@ -94,15 +93,7 @@ class Side:
         return jax.device_put(np.asarray(array, np.int32), self.whole)
 
     def _compiled(self, program, *arguments) -> tuple[Callable, dict]:
-        begin = time.perf_counter()
-        compiled = program.lower(self.shapes, *arguments).compile()
-        found = {"compile_s": time.perf_counter() - begin}
-        try:
-            memory = programs.memory_of(compiled, {"weights": self.weight_bytes})
-            found |= {"planned_bytes": memory.total, "planned_temporaries": memory.temporaries}
-        except (AttributeError, NotImplementedError):
-            pass  # a backend that counts nothing
-        return compiled, found
+        return compiled(program, self.weight_bytes, self.shapes, *arguments)
 
     def _prefill(self, job: Job) -> Program:
         pieces = -(-job.tokens // job.chunk)
