@@ -124,7 +124,8 @@ class LM:
 def load(path_or_id: str | Path = "nano", *, dtype: str | None = None,
          quantize: str | None = None, mesh: jax.sharding.Mesh | str | None = None,
          max_host_bytes: int = 2 << 30, random_weights: bool = False, seed: int = 0,
-         progress: Callable[[int, int], None] | None = None) -> LM:
+         progress: Callable[[int, int], None] | None = None,
+         turned: bool | None = None) -> LM:
     """Returns the model at `path_or_id` as an `LM`.
 
     Args:
@@ -139,6 +140,8 @@ def load(path_or_id: str | Path = "nano", *, dtype: str | None = None,
       max_host_bytes: host memory that reading may take beyond the result.
       random_weights: draw the weights from `seed` instead of reading them.
       progress: called with (done, total) elements.
+      turned: whether int8 matrices lie with the contracted axis innermost, as kernels for Hopper
+        GPUs multiply them without casts; where those run if None (`mmx.quant.turns`).
 
     Raises UserError for anything that is missing or does not fit.
     """
@@ -162,10 +165,10 @@ def load(path_or_id: str | Path = "nano", *, dtype: str | None = None,
         tokenizer = load_tokenizer(directory)
         config, params = load_params(
             directory, dtype=dtype, quantize=quantize, shardings=shardings,
-            max_host_bytes=max_host_bytes, progress=progress)
+            max_host_bytes=max_host_bytes, progress=progress, turned=turned)
         return LM(config, params, tokenizer, directory)
 
-    from mmx.quant import check_mode, quantize_params
+    from mmx.quant import check_mode, lay, quantize_params
 
     check_mode(quantize)
     if str(path_or_id) in preset_names():
@@ -177,7 +180,10 @@ def load(path_or_id: str | Path = "nano", *, dtype: str | None = None,
         _check_room(path_or_id, config, dtype, None)  # quantised only once drawn
     params = model.init_params(config, jax.random.key(seed), dtype,
                                None if shardings is None else shardings(config))
-    return LM(config, quantize_params(params) if quantize else params, tokenizer, directory)
+    if quantize:
+        params = quantize_params(params)
+        params = lay(model.param_specs(config, dtype), params, turned)
+    return LM(config, params, tokenizer, directory)
 
 
 def _check_room(name, config: ModelConfig, dtype: str, quantize: str | None) -> None:

@@ -4,15 +4,20 @@ Symmetric, one float32 scale per output channel. Norms, router, embedding and he
 are, as in the official recipe's exclusion list (MiniMax-01 repository, quanto int8).
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from mmx.config import ModelConfig
 from mmx.errors import UserError
 from mmx.model import param_specs
+from mmx.nn.params import ParamSpec
+from mmx.sharding.rules import turned_specs
+from pallas_kernels.int8_product.api import matrices_fit
 from pallas_kernels.quantized import QuantizedTensor, TurnedTensor, dequantize
 
 INT8 = "int8"
@@ -63,18 +68,74 @@ def quantize(x: jax.Array, axes: tuple[int, ...]) -> QuantizedTensor:
 def quantize_params(params: Mapping) -> dict:
     """Returns `params` with every matrix that the rules name as an int8 QuantizedTensor."""
     return {path: quantize(x, axes)
-            if (axes := contracted_axes(path)) and not isinstance(x, QuantizedTensor) else x
+            if (axes := contracted_axes(path)) and isinstance(x, jax.Array) else x
             for path, x in params.items()}
 
 
+def turns(spec: ParamSpec, sharding=None, turned: bool | None = None) -> bool:
+    """Whether the parameter, in int8, lies as matrices [out, in]: the one place that decides it.
+
+    By itself it does where a Hopper GPU's kernels then multiply integers: experts on any mesh,
+    as each device multiplies its own, others on one device alone, as a compiler that shares out a
+    product cannot cut a kernel.
+
+    Args:
+      spec: of the parameter; its dtype is that of activations.
+      sharding: of the plain parameter; one device if None.
+      turned: False for none, True for all but what a mesh forbids, on any device: to compare.
+    """
+    axes = contracted_axes(spec.path)
+    if turned is False or not axes:
+        return False
+    shape = spec.shape
+    if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+        if "/moe/" not in spec.path:
+            return False
+        shape = sharding.shard_shape(shape)
+    inner, outer = shape[axes[0]:axes[-1] + 1], shape[axes[-1] + 1:]
+    return turned or matrices_fit(spec.dtype, math.prod(inner), math.prod(outer))
+
+
 def turn(path: str, leaf: QuantizedTensor) -> TurnedTensor:
-    """Returns the int8 leaf at `path` as matrices [out, in]; its memory is given up."""
-    return _turn(leaf, contracted_axes(path))
+    """Returns the int8 leaf at `path` as matrices [out, in], on the same devices."""
+    axes = contracted_axes(path)
+    return _turn(leaf, axes, turned_sharding(leaf.values.sharding, leaf.shape, axes))
 
 
-@jax.jit(static_argnums=1, donate_argnums=0)
-def _turn(leaf, axes):
-    return TurnedTensor.of(leaf, axes)
+@jax.jit(static_argnums=(1, 2))
+def _turn(leaf, axes, places):
+    return jax.lax.with_sharding_constraint(TurnedTensor.of(leaf, axes), places)
+
+
+def turned_sharding(sharding, shape: Sequence[int], axes: tuple[int, ...]) -> TurnedTensor:
+    """Shardings of a turned leaf whose plain values, of `shape`, lie by `sharding`."""
+    values = scale = sharding
+    if isinstance(sharding, NamedSharding):
+        values, scale = (
+            NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+            for spec in turned_specs(sharding.spec, len(shape), axes[0], len(axes)))
+    inner, outer = shape[axes[0]:axes[-1] + 1], shape[axes[-1] + 1:]
+    return TurnedTensor(values, scale, tuple(inner[1:]), tuple(outer[1:]))
+
+
+def lay(specs: Mapping[str, ParamSpec], params: dict, turned: bool | None = None) -> dict:
+    """Turns the int8 leaves of `params` as `turns` says, in their dict, and returns it.
+
+    One at a time is held both ways.
+    """
+    for path in params:
+        leaf = params[path]
+        if isinstance(leaf, QuantizedTensor) and turns(specs[path], leaf.values.sharding, turned):
+            params[path] = leaf = jax.block_until_ready(turn(path, leaf))
+    return params
+
+
+def turned_back(params: Mapping) -> dict:
+    """Returns `params` with turned leaves as the QuantizedTensors that checkpoints hold."""
+    return {path: _plain(x) if isinstance(x, TurnedTensor) else x for path, x in params.items()}
+
+
+_plain = jax.jit(TurnedTensor.plain)
 
 
 def dequantize_params(params: Mapping, dtype) -> dict:
@@ -83,7 +144,10 @@ def dequantize_params(params: Mapping, dtype) -> dict:
 
 
 def abstract_params(config: ModelConfig, dtype="bfloat16", quantize: str | None = None) -> dict:
-    """Shapes and dtypes of the parameters as loaded with `dtype` and `quantize`; no memory."""
+    """Shapes and dtypes of the parameters as loaded with `dtype` and `quantize`; no memory.
+
+    int8 ones are QuantizedTensors, before any is turned.
+    """
     check_mode(quantize)
     result = {}
     for path, spec in param_specs(config, dtype).items():

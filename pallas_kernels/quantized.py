@@ -46,7 +46,7 @@ class QuantizedTensor:
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"],
-                   meta_fields=["inner", "outer"])
+                   meta_fields=["inner_tail", "outer_tail"])
 @dataclasses.dataclass(frozen=True)
 class TurnedTensor:
     """A QuantizedTensor [..., *inner, *outer], contracted over `inner`, as matrices [out, in].
@@ -56,12 +56,14 @@ class TurnedTensor:
     Attributes:
       values: int8 [..., prod(outer), prod(inner)].
       scale: float32 [..., prod(outer)].
+      inner_tail, outer_tail: sizes of all axes of a group but its first, whose own follows from
+        the values: what a device holds of a leaf is one, too.
     """
 
     values: jax.Array
     scale: jax.Array
-    inner: tuple[int, ...]
-    outer: tuple[int, ...]
+    inner_tail: tuple[int, ...] = ()
+    outer_tail: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, x: QuantizedTensor, contracted: tuple[int, ...]) -> "TurnedTensor":
@@ -69,7 +71,8 @@ class TurnedTensor:
         first, last = contracted[0], contracted[-1] + 1
         lead, inner, outer = x.shape[:first], x.shape[first:last], x.shape[last:]
         flat = x.values.reshape(*lead, math.prod(inner), math.prod(outer))
-        return cls(flat.swapaxes(-1, -2), x.scale.reshape(*lead, math.prod(outer)), inner, outer)
+        return cls(flat.swapaxes(-1, -2), x.scale.reshape(*lead, math.prod(outer)), inner[1:],
+                   outer[1:])
 
     def plain(self) -> QuantizedTensor:
         """The same weight as a QuantizedTensor."""
@@ -77,6 +80,16 @@ class TurnedTensor:
         ones = (1,) * len(self.inner)
         return QuantizedTensor(self.values.swapaxes(-1, -2).reshape(self.shape),
                                self.scale.reshape(*lead, *ones, *self.outer))
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """Sizes of the contracted axes."""
+        return self.values.shape[-1] // math.prod(self.inner_tail), *self.inner_tail
+
+    @property
+    def outer(self) -> tuple[int, ...]:
+        """Sizes of the axes behind them."""
+        return self.values.shape[-2] // math.prod(self.outer_tail), *self.outer_tail
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from mmx.config import ModelConfig
 from mmx.model import param_specs
 from mmx.nn.params import draw, initial_kind
-from mmx.quant import contracted_axes, quantize, turn
+from mmx.quant import contracted_axes, quantize, turn, turns
 
 _PIECE = 1 << 26
 
@@ -44,11 +44,11 @@ def named_key(seed: int, name: str) -> jax.Array:
 
 
 def weights(config: ModelConfig, seed: int, dtype: str, mode: str | None,
-            turned: bool = False) -> dict:
+            turned: bool | None = None) -> dict:
     """Random parameters as `mmx.load(..., random_weights=True)` distributes them.
 
     With `mode` "int8" each matrix is quantised before the next is drawn, so that a device which
-    holds the int8 model, but not the bfloat16 one, suffices. `turned` lays them [out, in].
+    holds the int8 model, but not the bfloat16 one, suffices. `turned` as in `mmx.quant.turns`.
     """
     params = {}
     for path, spec in param_specs(config, dtype).items():
@@ -57,6 +57,6 @@ def weights(config: ModelConfig, seed: int, dtype: str, mode: str | None,
         axes = contracted_axes(path) if mode else ()
         if axes:
             leaf = quantize(leaf, axes)
-            leaf = turn(path, leaf) if turned else leaf
+            leaf = turn(path, leaf) if turns(spec, turned=turned) else leaf
         params[path] = jax.block_until_ready(leaf)
     return params

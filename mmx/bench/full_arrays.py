@@ -1,5 +1,6 @@
 """Random weights and memories of a model on a mesh: each device draws its own part alone."""
 
+import dataclasses
 import math
 from functools import lru_cache, partial
 
@@ -10,14 +11,13 @@ from jax.sharding import Mesh, NamedSharding
 from mmx import cache as caches
 from mmx.bench.arrays import named_key
 from mmx.cache import Cache
-from mmx.checkpoint.hf_import import scale_sharding_of
 from mmx.config import ModelConfig
 from mmx.model import param_specs
 from mmx.nn.params import draw, initial_kind
 from mmx.parallel.mesh_ops import MeshOps
-from mmx.quant import contracted_axes
+from mmx.plan.programs import place
+from mmx.quant import abstract_params
 from mmx.sharding.rules import DECODE, param_shardings
-from pallas_kernels.quantized import QuantizedTensor
 
 # Numbers that are float32 at one time: the full model leaves a device little room.
 _PIECE = 1 << 26
@@ -79,18 +79,18 @@ def weights(config: ModelConfig, mesh: Mesh, seed: int, dtype: str, quantize: st
     """
     specs, params = param_specs(config, dtype), {}
     shardings = param_shardings(specs, mesh, DECODE)
+    abstract = abstract_params(config, dtype, quantize)
     for path, spec in specs.items():
         kind, scale = initial_kind(spec)
-        axes = contracted_axes(path) if quantize else ()
-        key, sharding = named_key(seed, path), shardings[path]
-        if axes:
-            shape = tuple(1 if i in axes else n for i, n in enumerate(spec.shape))
-            params[path] = QuantizedTensor(
-                values(key, spec.shape, jnp.int8, sharding, kind),
-                values(key, shape, jnp.float32, scale_sharding_of(sharding, spec.shape, axes),
-                       "ones") * jnp.float32(scale_of(kind, scale)))
+        leaf, key = place(spec, abstract[path], shardings[path]), named_key(seed, path)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            params[path] = values(key, leaf.shape, leaf.dtype, leaf.sharding, kind, scale)
         else:
-            params[path] = values(key, spec.shape, spec.dtype, sharding, kind, scale)
+            int8, ones = leaf.values, leaf.scale
+            params[path] = dataclasses.replace(
+                leaf, values=values(key, int8.shape, jnp.int8, int8.sharding, kind),
+                scale=values(key, ones.shape, jnp.float32, ones.sharding, "ones")
+                * jnp.float32(scale_of(kind, scale)))
         # One at a time: pieces of several in flight would add up.
         jax.block_until_ready(params[path])
     return params

@@ -22,7 +22,7 @@ class Plan:
     model: str | None = None
     dtype: str | None = None
     quantize: str | None = None
-    turned: bool = False
+    turned: bool | None = None
     what: tuple[str, ...] = ()
     shapes: tuple[str, ...] = ()
     implementations: tuple[str, ...] = ()

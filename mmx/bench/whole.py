@@ -60,7 +60,7 @@ class Model:
     """Random weights of a geometry, as the engine holds them."""
 
     def __init__(self, config: ModelConfig, dtype: str, quantize: str | None, seed: int,
-                 turned: bool = False):
+                 turned: bool | None = None):
         self.config, self.dtype, self.seed = config, dtype, seed
         params = arrays.weights(config, seed, dtype, quantize, turned)
         self._forbidden_V = jax.device_put(find_forbidden(params))

@@ -58,7 +58,7 @@ def convert(source: str | Path, target: str | Path, *, layout: str = "original",
     else:
         dtype = dtype or _dtype(config, folder, from_orbax)
         _, params = load_params(folder, config, dtype=dtype, quantize=quantize,
-                                max_host_bytes=max_host_bytes, progress=progress)
+                                max_host_bytes=max_host_bytes, progress=progress, turned=False)
         if layout == ORBAX:
             from mmx.checkpoint import orbax_io
 

@@ -22,7 +22,7 @@ from mmx.checkpoint.locate import copy_tokenizer, read_json
 from mmx.config import DIALECT_NATIVE, DIALECT_ORIGINAL, ModelConfig
 from mmx.errors import UserError
 from mmx.quant import contracted_axes
-from pallas_kernels.quantized import QuantizedTensor
+from pallas_kernels.quantized import QuantizedTensor, TurnedTensor
 
 DIALECTS = {ORIGINAL: DIALECT_ORIGINAL, "transformers": DIALECT_NATIVE}
 DEFAULT_SHARD_BYTES = 2_200_000_000  # about the release's own
@@ -189,21 +189,36 @@ class ArrayReader:
         self._views: dict[int, np.ndarray] = {}
 
     def __call__(self, path: str, region: Region) -> np.ndarray:
-        value = self._params[path]
+        value, axes = self._params[path], contracted_axes(path)
+        if isinstance(value, TurnedTensor):
+            return self._turned_part(value, region, axes[0])
         if not isinstance(value, QuantizedTensor):
             return self._part(value, region)
-        axes = contracted_axes(path)
         scale = tuple(slice(0, 1) if i in axes else part for i, part in enumerate(region))
         return self._part(value.values, region).astype(np.float32) * self._part(value.scale, scale)
 
-    def _part(self, array, region: Region) -> np.ndarray:
+    def _turned_part(self, leaf: TurnedTensor, region: Region, first: int) -> np.ndarray:
+        """As the product of a plain leaf; its contracted axes begin at `first`."""
+        behind = first + len(leaf.inner)
+        lead, inner, outer = region[:first], region[first:behind], region[behind:]
+        held = (*leaf.values.shape[:first], *leaf.outer)
+        values = self._part(leaf.values, (*lead, *outer, *inner), (*held, *leaf.inner))
+        scale = self._part(leaf.scale, (*lead, *outer), held)
+        whole = values.astype(np.float32) * scale.reshape(*scale.shape, *[1] * len(inner))
+        return whole.transpose(*range(first), *range(first + len(outer), whole.ndim),
+                               *range(first, first + len(outer)))
+
+    def _part(self, array, region: Region, shape: tuple[int, ...] = ()) -> np.ndarray:
+        """A part by the axes of `shape`, the array's own if empty."""
+        shape = shape or array.shape
         if not isinstance(array, jax.Array):
-            return np.asarray(array)[region]
+            return np.asarray(array).reshape(shape)[region]
         if len(array.sharding.device_set) == 1 and array.is_fully_addressable and all(
                 device.platform == "cpu" for device in array.sharding.device_set):
-            return np.asarray(array)[region]  # a view; device memory is host memory
+            # A view; device memory is host memory.
+            return np.asarray(array).reshape(shape)[region]
         starts = np.asarray([part.start for part in region], np.int32)
-        part = _slice(array, starts, tuple(part.stop - part.start for part in region))
+        part = _slice(array, starts, tuple(part.stop - part.start for part in region), shape)
         if part.is_fully_addressable:
             return np.asarray(part)
         from jax.experimental import multihost_utils
@@ -211,9 +226,10 @@ class ArrayReader:
         return np.asarray(multihost_utils.process_allgather(part, tiled=True))
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _slice(array, starts, sizes):
-    return jax.lax.dynamic_slice(array, [starts[i] for i in range(array.ndim)], sizes)
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _slice(array, starts, sizes, shape):
+    return jax.lax.dynamic_slice(
+        array.reshape(shape), [starts[i] for i in range(len(shape))], sizes)
 
 
 class SourceReader:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from mmx.checkpoint.hf_source import HfSource, Piece, Region
 from mmx.errors import UserError
 from mmx.model import param_specs
-from mmx.quant import check_mode, contracted_axes
+from mmx.quant import check_mode, contracted_axes, turned_sharding, turns
 from pallas_kernels.quantized import QuantizedTensor
 
 MIN_HOST_BYTES = 16 << 20
@@ -32,13 +33,14 @@ def check_host_bytes(max_host_bytes: int):
 
 def import_params(source: HfSource, *, dtype, quantize: str | None = None,
                   shardings: Mapping[str, Any] | None = None, max_host_bytes: int = 2 << 30,
-                  progress: Progress | None = None) -> dict:
+                  progress: Progress | None = None, turned: bool | None = None) -> dict:
     """Reads all parameters of `source` onto this process's devices.
 
     Reads only the bytes that the addressable shards need; a shard that splits an axis over which
     int8 scales are taken needs the whole of that axis. `max_host_bytes` bounds what is held on the
     host besides the result. `shardings` maps paths to shardings (a path that it lacks goes to the
-    default device); for a quantised parameter it may hold a QuantizedTensor of two.
+    default device); for a quantised parameter it may hold a QuantizedTensor of two. int8 matrices
+    that `mmx.quant.turns` names are written turned from the start: nothing is held both ways.
     `progress(done, total)` counts elements of this process.
     """
     check_mode(quantize)
@@ -49,7 +51,7 @@ def import_params(source: HfSource, *, dtype, quantize: str | None = None,
     unit = max_host_bytes // (4 * (workers + 1))
     jobs = []
     for path, spec in param_specs(source.config, dtype).items():
-        jobs += _jobs(path, spec, quantize, (shardings or {}).get(path), unit)
+        jobs += _jobs(path, spec, quantize, (shardings or {}).get(path), unit, turned)
     arrays: dict[str, dict[str, list[jax.Array]]] = {}
     done, total = 0, sum(job.size for job in jobs)
     waiting: collections.deque = collections.deque()
@@ -70,7 +72,7 @@ def import_params(source: HfSource, *, dtype, quantize: str | None = None,
             for piece, is_last in _mark_last(job.pieces(source)):
                 if len(waiting) > workers:
                     finish()
-                future = pool.submit(source.load, piece, job.dtype, job.is_quantized)
+                future = pool.submit(source.load, piece, job.dtype, job.is_quantized, job.order)
                 waiting.append((job, piece, is_last, future))
         while waiting:
             finish()
@@ -96,15 +98,19 @@ def _by_path(jobs):
 
 
 def _assemble(jobs: list["_Job"], parts: dict[str, list[jax.Array]]):
-    job = jobs[0]
-    values = jax.make_array_from_single_device_arrays(job.shape, job.sharding, parts["values"])
+    job, make = jobs[0], jax.make_array_from_single_device_arrays
+    if job.order:
+        places = turned_sharding(job.sharding, job.shape, job.axes)
+        shape = job.flat(job.shape)
+        return dataclasses.replace(places, values=make(shape, places.values, parts["values"]),
+                                   scale=make(shape[:-1], places.scale, parts["scale"]))
+    values = make(job.shape, job.sharding, parts["values"])
     if not job.is_quantized:
         return values
-    return QuantizedTensor(values, jax.make_array_from_single_device_arrays(
-        job.scale_shape, job.scale_sharding, parts["scale"]))
+    return QuantizedTensor(values, make(job.scale_shape, job.scale_sharding, parts["scale"]))
 
 
-def _jobs(path, spec, quantize, sharding, unit) -> list["_Job"]:
+def _jobs(path, spec, quantize, sharding, unit, turned) -> list["_Job"]:
     """One job per distinct region that this process has to read for a parameter."""
     axes = contracted_axes(path) if quantize else ()
     if sharding is None:
@@ -118,6 +124,9 @@ def _jobs(path, spec, quantize, sharding, unit) -> list["_Job"]:
             scale_sharding = None
     else:
         scale_sharding = scale_sharding_of(sharding, spec.shape, axes) if axes else None
+    order = ()
+    if axes and turns(spec, sharding, turned):
+        order = (*range(axes[0]), *range(axes[-1] + 1, len(spec.shape)), *axes)
     readings: dict[tuple, dict[tuple, list]] = {}
     for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
         own = tuple(part.indices(n)[:2] for part, n in zip(index, spec.shape, strict=True))
@@ -129,8 +138,8 @@ def _jobs(path, spec, quantize, sharding, unit) -> list["_Job"]:
         region = tuple(slice(*part) for part in read)
         own = [(tuple(slice(*part) for part in bounds), devices)
                for bounds, devices in shards.items()]
-        jobs.append(_Job(path, spec.shape, np.dtype(jnp.dtype(spec.dtype)), axes, region, own,
-                         sharding, scale_sharding, unit))
+        jobs.append(_Job(path, spec.shape, np.dtype(jnp.dtype(spec.dtype)), axes, order, region,
+                         own, sharding, scale_sharding, unit))
     return jobs
 
 
@@ -145,9 +154,11 @@ def scale_sharding_of(sharding, shape, axes: tuple[int, ...]):
     return NamedSharding(sharding.mesh, kept, memory_kind=sharding.memory_kind)
 
 
-@partial(jax.jit, donate_argnums=0)
-def _update(buffer, piece, starts):
-    return jax.lax.dynamic_update_slice(buffer, piece, [starts[i] for i in range(buffer.ndim)])
+@partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _update(buffer, piece, starts, shape):
+    """`buffer` with `piece` at `starts`, which count along the axes of `shape`."""
+    return jax.lax.dynamic_update_slice(
+        buffer.reshape(shape), piece, [starts[i] for i in range(len(shape))]).reshape(buffer.shape)
 
 
 @dataclasses.dataclass
@@ -163,6 +174,7 @@ class _Job:
     shape: tuple[int, ...]
     float_dtype: np.dtype
     axes: tuple[int, ...]  # contracted; empty if the parameter is not quantised
+    order: tuple[int, ...]  # of the axes of a parameter that is laid turned; else empty
     region: Region
     shards: list[tuple[Region, list]]  # part of the region -> devices
     sharding: Any
@@ -181,6 +193,13 @@ class _Job:
     def scale_shape(self) -> tuple[int, ...]:
         return tuple(1 if i in self.axes else n for i, n in enumerate(self.shape))
 
+    def flat(self, shape) -> tuple[int, ...]:
+        """The shape in which a part of the parameter is held."""
+        if not self.order:
+            return tuple(shape)
+        first, last = self.axes[0], self.axes[-1] + 1
+        return *shape[:first], math.prod(shape[last:]), math.prod(shape[first:last])
+
     def pieces(self, source: HfSource) -> Iterator[Piece]:
         return source.pieces(self.path, self.region, self.unit, self.dtype.itemsize)
 
@@ -193,14 +212,17 @@ class _Job:
                         for i, (mine, part) in enumerate(zip(own, piece.region, strict=True)))
             starts = [0 if i in self.axes else part.start - mine.start
                       for i, (mine, part) in enumerate(zip(own, piece.region, strict=True))]
-            part = values[cut]
+            part, shape = values[cut], [mine.stop - mine.start for mine in own]
+            if self.order:
+                part = part.transpose(self.order)
+                starts, shape = ([x[i] for i in self.order] for x in (starts, shape))
             if self.on_host:
-                _place(self.buffers[shard][0], part, starts)
+                _place(self.buffers[shard][0].reshape(shape), part, starts)
                 continue
             for i, device in enumerate(devices):
                 moved = jax.device_put(part, device)
                 self.buffers[shard][i] = _update(
-                    self.buffers[shard][i], moved, np.asarray(starts, np.int32))
+                    self.buffers[shard][i], moved, np.asarray(starts, np.int32), tuple(shape))
                 # Without waiting, queued pieces would pile up on the host.
                 self.buffers[shard][i].block_until_ready()
         if scale is not None:
@@ -211,7 +233,7 @@ class _Job:
     def _allocate(self):
         self.buffers = []
         for own, devices in self.shards:
-            shape = [part.stop - part.start for part in own]
+            shape = self.flat([part.stop - part.start for part in own])
             self.buffers.append(
                 [aligned_empty(shape, self.dtype)] if self.on_host
                 else [jnp.zeros(shape, self.dtype, device=device) for device in devices])
@@ -221,12 +243,13 @@ class _Job:
     def finish(self) -> dict[str, list[jax.Array]]:
         """The arrays of this job, one per device; forgets its buffers."""
         result: dict[str, list[jax.Array]] = {"values": [], "scale": []}
+        scale = self.scale.reshape(self.flat(self.scale.shape)[:-1]) if self.order else self.scale
         for (_, devices), buffers in zip(self.shards, self.buffers, strict=True):
             for i, device in enumerate(devices):
                 result["values"].append(
                     jax.device_put(buffers[0], device) if self.on_host else buffers[i])
                 if self.is_quantized:
-                    result["scale"].append(jax.device_put(self.scale, device))
+                    result["scale"].append(jax.device_put(scale, device))
         self.buffers = self.scale = None
         return result
 

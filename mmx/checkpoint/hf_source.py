@@ -91,12 +91,15 @@ class HfSource:
                 spans |= {axis: slice(i, i + 1) for axis, i in entry.at.items()}
                 yield Piece(ref, entry, view, tuple(spans[axis] for axis in entry.param_axes))
 
-    def load(self, piece: Piece, dtype, quantize: bool = False
+    def load(self, piece: Piece, dtype, quantize: bool = False, order: Sequence[int] = ()
              ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Reads a piece in the parameter's axes: (values of `dtype`, None) or (int8, scales)."""
+        """Reads a piece in the parameter's axes: (values of `dtype`, None) or (int8, scales).
+
+        order: in which the axes lie in the values' memory; their own if empty.
+        """
         entry = piece.entry
         source = self.reader.read(piece.ref, entry.view, piece.view)
-        values, in_file = _like_param(piece, np.int8 if quantize else dtype)
+        values, in_file = _like_param(piece, np.int8 if quantize else dtype, order=order)
         if not quantize:
             copy_rows(in_file, source)
             return values, None
@@ -115,19 +118,21 @@ class HfSource:
         return values, scale
 
 
-def _like_param(piece: Piece, dtype, single: str = "") -> tuple[np.ndarray, np.ndarray]:
+def _like_param(piece: Piece, dtype, single: str = "", order: Sequence[int] = ()
+                ) -> tuple[np.ndarray, np.ndarray]:
     """A new array shaped as the piece in the parameter, and the same memory in the file's axes.
 
-    Axes in `single` have size 1.
+    Axes in `single` have size 1; `order` is the one in which they lie in memory.
     """
     entry = piece.entry
     shape = [1 if axis in single else part.stop - part.start
              for axis, part in zip(entry.param_axes, piece.region, strict=True)]
-    array = np.empty(shape, dtype)
+    order = list(order) or list(range(len(shape)))
+    array = np.empty([shape[i] for i in order], dtype).transpose(np.argsort(order))
     spanned = array.reshape([n for n, a in zip(shape, entry.param_axes, strict=True)
                              if a in entry.axes])
-    order = [a for a in entry.param_axes if a in entry.axes]
-    return array, spanned.transpose([order.index(a) for a in entry.axes])
+    held = [a for a in entry.param_axes if a in entry.axes]
+    return array, spanned.transpose([held.index(a) for a in entry.axes])
 
 
 def copy_rows(out: np.ndarray, source: np.ndarray):

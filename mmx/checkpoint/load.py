@@ -16,7 +16,8 @@ Shardings = Mapping[str, Any] | Callable[[ModelConfig], Mapping[str, Any]]
 def load_params(path_or_id: str | Path, config: ModelConfig | None = None, *,
                 dtype: str = "bfloat16", quantize: str | None = None,
                 shardings: Shardings | None = None, max_host_bytes: int = 2 << 30,
-                progress: Progress | None = None) -> tuple[ModelConfig, dict]:
+                progress: Progress | None = None, turned: bool | None = None
+                ) -> tuple[ModelConfig, dict]:
     """Returns (config, params) of a model directory, hub id, "nano", or checkpoint of mmx.
 
     Args:
@@ -28,6 +29,7 @@ def load_params(path_or_id: str | Path, config: ModelConfig | None = None, *,
         where absent.
       max_host_bytes: bound on host memory besides the result.
       progress: called with (done, total) elements.
+      turned: how int8 matrices lie, see `mmx.quant.turns`; as the device reads them best if None.
 
     Raises UserError listing everything that does not fit.
     """
@@ -39,7 +41,8 @@ def load_params(path_or_id: str | Path, config: ModelConfig | None = None, *,
         from mmx.checkpoint.orbax_io import load_model
 
         return config, load_model(directory, config, dtype=dtype, quantize=quantize,
-                                  shardings=shardings)
+                                  shardings=shardings, turned=turned)
     with HfSource(config, directory) as source:
         return config, import_params(source, dtype=dtype, quantize=quantize, shardings=shardings,
-                                     max_host_bytes=max_host_bytes, progress=progress)
+                                     max_host_bytes=max_host_bytes, progress=progress,
+                                     turned=turned)

@@ -20,7 +20,8 @@ from mmx.checkpoint.hf_source import summary
 from mmx.checkpoint.locate import ORBAX_CONFIG, copy_tokenizer, read_json
 from mmx.config import ModelConfig
 from mmx.errors import UserError
-from mmx.quant import abstract_params, contracted_axes, quantize
+from mmx.model import param_specs
+from mmx.quant import abstract_params, contracted_axes, lay, quantize, turned_back
 from pallas_kernels.quantized import QuantizedTensor
 
 _ARRAYS, _EXTRA = "arrays", "extra.json"
@@ -85,16 +86,20 @@ def keep_last(root: str | Path, count: int) -> None:
 
 def save_model(directory: str | Path, config: ModelConfig, params: Mapping,
                tokenizer_dir: str | Path | None = None) -> None:
-    """Saves parameters as they are, int8 leaves included, with config and tokenizer; see `save`."""
-    save(directory, {_PARAMS: dict(params)}, config=config, tokenizer_dir=tokenizer_dir)
+    """Saves parameters as they are, int8 leaves included, with config and tokenizer; see `save`.
+
+    Turned leaves are turned back, all at a time: load what is only to be saved with turned=False.
+    """
+    save(directory, {_PARAMS: turned_back(params)}, config=config, tokenizer_dir=tokenizer_dir)
 
 
 def load_model(directory: Path, config: ModelConfig, *, dtype="bfloat16",
-               quantize: str | None = None, shardings: Mapping | None = None) -> dict:
+               quantize: str | None = None, shardings: Mapping | None = None,
+               turned: bool | None = None) -> dict:
     """Returns the parameters of a checkpoint that was saved with a config.
 
     Parameters saved in int8 stay so; with `quantize`, the others that the rules name follow, one
-    by one.
+    by one. `turned` as in `mmx.quant.turns`.
     """
     directory = Path(directory).absolute()
     found = _shapes(directory, _PARAMS)
@@ -102,16 +107,16 @@ def load_model(directory: Path, config: ModelConfig, *, dtype="bfloat16",
             for path, spec in _as_stored(config, dtype, found).items()}
     wanted = _flatten({_PARAMS: tree})
     _compare(directory, {key: tuple(leaf.shape) for key, leaf in wanted.items()}, found)
-    result = {}
+    result, specs = {}, param_specs(config, dtype)
     if quantize is None:
         flat = _load(directory, wanted)
-        params = jax.tree.unflatten(jax.tree.structure(tree), [flat[key] for key in wanted])
-        return {path: params[path] for path in tree}
+        params = jax.tree.unflatten(jax.tree.structure(tree), [flat.pop(key) for key in wanted])
+        return lay(specs, {path: params.pop(path) for path in tree}, turned)
     for path, spec in tree.items():
         part = _flatten({_PARAMS: {path: spec}})
         flat = _load(directory, part)
         value = jax.tree.unflatten(jax.tree.structure(spec), [flat[key] for key in part])
-        result[path] = _quantized(path, value)
+        result |= lay(specs, {path: _quantized(path, value)}, turned)
     return result
 
 

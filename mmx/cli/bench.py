@@ -59,9 +59,10 @@ class BenchSettings:
     dtype: str | None = setting(None, "Number format; float32 on a CPU unless given.",
                                 choices=("float32", "bfloat16"))
     quantize: str | None = setting(None, "period, decode: int8 weights.", choices=("int8",))
-    turned: bool = setting(
-        False, "period, decode: lay int8 matrices with the contracted axis innermost, for the "
-        "Hopper kernel that multiplies integers.")
+    turned: bool | None = setting(
+        None, "period, decode: lay int8 matrices with the contracted axis innermost, as kernels "
+        "that multiply integers need them, or not (--noturned); by default where those run: on a "
+        "Hopper GPU.")
     rounds: int = setting(5, "Turns of each implementation; 0 with --check only compares.", low=0)
     at_least_ms: float = setting(50.0, "Least time between two readings of the clock.", low=0)
     seed: int = setting(0, "Seed of inputs and weights.", low=0)
@@ -131,7 +132,7 @@ def refuse(settings: BenchSettings) -> None:
         if getattr(settings, name) not in (None, False) and subject not in subjects:
             raise UserError(f"--{name} is not for 'mmx bench {subject}'.",
                             f"It goes with {' and '.join(subjects)}.", "Leave it out.")
-    if settings.turned and settings.quantize is None:
+    if settings.turned is not None and settings.quantize is None:
         raise UserError("--turned has no int8 weights to turn.", "It goes with --quantize=int8.",
                         "Add that, or leave it out.")
     if not settings.rounds and not settings.check:

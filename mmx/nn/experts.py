@@ -75,7 +75,7 @@ def apply(name, inference: bool, g_TD, weight_Tk, expert_Tk, gate_up, down):
         gate_up = narrow(gate_up, E, F)
     if name not in TAKE_STACKED:
         gate_up, down = cut(gate_up), cut(down)
-    if name not in TAKE_TURNED:
+    if name not in TAKE_TURNED or dispatch.platform() == "tpu":
         gate_up, down = plain(gate_up), plain(down)
     return TABLE[name](g_TD, weight_Tk, expert_Tk, gate_up, down)
 
@@ -298,5 +298,5 @@ TABLE = {"sliced": sliced, "gather": gather, "dense": dense, "grouped": grouped,
 # nobody's ids out.
 TAKE_WIDE = ("sliced", "dense", "filled")
 TAKE_STACKED = ("hit", "fused")
-TAKE_TURNED = ("hit",)
+TAKE_TURNED = ("grouped", "hit", "fused")
 TAKE_NOBODY = ("grouped", "hit", "fused")

@@ -10,8 +10,8 @@ from mmx.config import HEAD_DTYPE, ModelConfig
 from mmx.nn.params import Factory, xavier
 from mmx.nn.wide import Wide
 from pallas_kernels import dispatch, precision
-from pallas_kernels.grouped_matmul.stacked import Stacked, cut
-from pallas_kernels.int8_product.api import int8_product, product_fits
+from pallas_kernels.grouped_matmul.stacked import Stacked
+from pallas_kernels.int8_product.api import int8_product
 from pallas_kernels.quantized import QuantizedTensor, TurnedTensor, dequantize
 
 
@@ -22,9 +22,7 @@ def project(spec: str, x: jax.Array, weight, out_dtype=None, activation=None) ->
     is applied to the product. `activation` is applied last, elementwise.
     """
     if isinstance(weight, TurnedTensor | Stacked):
-        if _suits_kernel(x, weight):
-            return _by_kernel(x, weight, out_dtype, activation)
-        weight = cut(weight).plain()
+        return _by_turned(x, weight, out_dtype, activation)
     values = (weight.values if isinstance(weight, QuantizedTensor) else weight).astype(x.dtype)
     inputs, output = spec.split("->")
     left, right = inputs.split(",")
@@ -57,21 +55,13 @@ def project(spec: str, x: jax.Array, weight, out_dtype=None, activation=None) ->
     return out if shape is None else out.reshape(shape)
 
 
-def _suits_kernel(x, weight) -> bool:
-    """Whether a kernel multiplies x with a turned weight on the Hopper GPU at hand."""
-    return product_fits(x.size // math.prod(_own(weight).inner), x.dtype, weight)
-
-
-def _by_kernel(x, weight, out_dtype, activation):
-    own = _own(weight)
-    outer = x.shape[: x.ndim - len(own.inner)]
-    out = int8_product(x.reshape(-1, math.prod(own.inner)), weight, implementation="mosaic_gpu")
-    out = out.reshape(*outer, *own.outer).astype(out_dtype or x.dtype)
+def _by_turned(x, weight, out_dtype, activation):
+    """As `project`: all of a turned weight's inner axes end x, and are summed over."""
+    own = weight.whole if isinstance(weight, Stacked) else weight
+    rows = x.shape[: x.ndim - len(own.inner)]
+    out = int8_product(x.reshape(-1, math.prod(own.inner)), weight)
+    out = out.reshape(*rows, *own.outer).astype(out_dtype or x.dtype)
     return out if activation is None else activation(out)
-
-
-def _own(weight) -> TurnedTensor:
-    return weight.whole if isinstance(weight, Stacked) else weight
 
 
 def _is_matrix_product(left: str, right: str, output: str) -> bool:

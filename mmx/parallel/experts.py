@@ -1,5 +1,6 @@
 """Experts over a mesh: which way tokens meet them, and the program of one device."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -10,10 +11,10 @@ from jax.sharding import PartitionSpec as P
 from mmx.parallel import capacity as capacities
 from mmx.parallel.exchange import ROOM, exchange_experts
 from mmx.parallel.ops import Ops
-from mmx.sharding.rules import axes_of
+from mmx.sharding.rules import axes_of, turned_specs
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.grouped_matmul.stacked import Stacked
-from pallas_kernels.quantized import QuantizedTensor
+from pallas_kernels.quantized import QuantizedTensor, TurnedTensor
 
 METHODS = SUM, PADDED, RAGGED = "sum", "all_to_all", "ragged"
 # A group reads the weights of its experts anew: so many rows each hide that behind their products.
@@ -168,10 +169,14 @@ def _without(entry, names):
 def _leaf_spec(leaf, spec: P):
     """The spec of a plain leaf, of an int8 leaf's values and scale, or of such inside a stack.
 
-    A scale is whole along the axes where it is 1.
+    `spec` is by the plain axes, also for a turned leaf. A scale is whole along the axes where it
+    is 1.
     """
     if isinstance(leaf, Stacked):
         return Stacked(_leaf_spec(leaf.whole, P(None, *spec)), P())
+    if isinstance(leaf, TurnedTensor):
+        values, scale = turned_specs(spec, leaf.ndim, leaf.values.ndim - 2, len(leaf.inner))
+        return dataclasses.replace(leaf, values=values, scale=scale)
     if not isinstance(leaf, QuantizedTensor):
         return spec
     scale = P(*(None if size == 1 else entry

@@ -46,7 +46,7 @@ class MeshOps(Ops):
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P()))
 
     def use(self, weight, *logical):
-        if not self.rules.embed or self.rules.hidden:
+        if not self.rules.embed or self.rules.hidden or self.mesh.size == 1:
             return weight
         whole = [None if name == "embed" else name for name in logical]
         return jax.tree.map(lambda leaf: self.constrain(leaf, *whole), weight)

@@ -19,7 +19,7 @@ from mmx.errors import UserError
 from mmx.parallel.mesh_ops import MeshOps
 from mmx.sharding.rules import REGIMES, Rules, param_shardings
 from pallas_kernels import dispatch
-from pallas_kernels.quantized import QuantizedTensor
+from pallas_kernels.quantized import QuantizedTensor, TurnedTensor
 
 MODES = ("decode", "prefill", "long", "train")
 
@@ -33,7 +33,8 @@ class Job:
         of `chunk` tokens of each of `batch` prompts), "long" (a chunk of few prompts whose time is
         shared out), "train" (one step over `batch` rows of `context` tokens).
       context: tokens that each sequence can hold.
-      quantize: "int8" or None. kv_dtype: of cached keys and values.
+      quantize: "int8" or None. turned: whether int8 matrices lie [out, in]; as `mmx.load` would
+        lay them on those devices if None. kv_dtype: of cached keys and values.
       moe_capacity: of the experts in training, as in `TrainConfig`.
     """
 
@@ -46,6 +47,7 @@ class Job:
     quantize: str | None = None
     kv_dtype: str = "bfloat16"
     moe_capacity: float = 0.0
+    turned: bool | None = None
 
     def __post_init__(self):
         if self.mode == "train" and self.quantize:
@@ -93,11 +95,11 @@ def compile_step(job: Job, mesh: Mesh) -> tuple[Any, Memory]:
     program that exceeds a TPU's memory passes through.
     """
     ops = MeshOps(mesh, job.rules)
-    params = _params(job, mesh)
     build = _train if job.mode == "train" else _serve
     platform = "gpu" if _platform(mesh) == "cuda" else _platform(mesh)
     with dispatch.compiling_for(platform), \
             jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        params = _params(job, mesh)
         lowered, parts = build(job, ops, params)
         compiled = lowered.compile()
     parts = {"weights": share_bytes(params), **parts}
@@ -120,17 +122,29 @@ def _platform(mesh: Mesh) -> str:
 
 
 def _params(job: Job, mesh: Mesh):
-    shardings = param_shardings(model.param_specs(job.config, job.dtype), mesh, job.rules)
+    specs = model.param_specs(job.config, job.dtype)
+    shardings = param_shardings(specs, mesh, job.rules)
     dtype = "float32" if job.mode == "train" else job.dtype
 
-    def place(path, leaf, sharding):
-        if not isinstance(leaf, QuantizedTensor):
-            return _abstract(leaf, sharding)
-        scale = scale_sharding_of(sharding, leaf.shape, quant.contracted_axes(path))
-        return QuantizedTensor(_abstract(leaf.values, sharding), _abstract(leaf.scale, scale))
-
     abstract = quant.abstract_params(job.config, dtype, job.quantize)
-    return {path: place(path, leaf, shardings[path]) for path, leaf in abstract.items()}
+    return {path: place(specs[path], leaf, shardings[path], job.turned)
+            for path, leaf in abstract.items()}
+
+
+def place(spec, leaf, sharding, turned: bool | None = None):
+    """An abstract parameter as `mmx.load` would lay it; `sharding` is that of the plain one.
+
+    The device at hand, or that of the abstract mesh, tells whether an int8 leaf is turned.
+    """
+    if not isinstance(leaf, QuantizedTensor):
+        return _abstract(leaf, sharding)
+    axes = quant.contracted_axes(spec.path)
+    if quant.turns(spec, sharding, turned):
+        leaf = jax.eval_shape(partial(TurnedTensor.of, contracted=axes), leaf)
+        places = quant.turned_sharding(sharding, leaf.shape, axes)
+    else:
+        places = QuantizedTensor(sharding, scale_sharding_of(sharding, leaf.shape, axes))
+    return jax.tree.map(_abstract, leaf, places)
 
 
 def _abstract(leaf, sharding):

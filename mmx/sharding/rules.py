@@ -93,6 +93,22 @@ def partition(rules: Rules, mesh: Mesh, shape: Sequence[int],
     return PartitionSpec(*entries)
 
 
+def turned_specs(spec: PartitionSpec, ndim: int, first: int, count: int
+                 ) -> tuple[PartitionSpec, PartitionSpec]:
+    """How values and scales of a `TurnedTensor` lie, of which the plain leaf lies by `spec`.
+
+    `ndim` are the plain axes, of which `count` from `first` on are contracted. Each group is one
+    axis once turned, of which a device has a piece only if the first of the group was split; raises
+    ValueError for another one.
+    """
+    entries = [*spec, *[None] * (ndim - len(spec))]
+    lead, inner, outer = entries[:first], entries[first:first + count], entries[first + count:]
+    if any(entry is not None for entry in (*inner[1:], *outer[1:])):
+        raise ValueError(f"A leaf that lies by {spec} cannot be turned: a split axis lies inside "
+                         "those that become one.")
+    return PartitionSpec(*lead, outer[0], inner[0]), PartitionSpec(*lead, outer[0])
+
+
 def param_shardings(specs: Mapping[str, Any], mesh: Mesh,
                     rules: Rules = SERVING) -> dict[str, NamedSharding]:
     """Returns path -> sharding over `mesh`, whose axes are among `AXES`.

@@ -21,7 +21,7 @@ import numpy as np
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.grouped_matmul import reference, xla
 from pallas_kernels.grouped_matmul.stacked import Stacked, cut
-from pallas_kernels.quantized import QuantizedTensor, dequantize
+from pallas_kernels.quantized import QuantizedTensor, TurnedTensor, dequantize
 
 
 # Kernels are imported where they are chosen: Pallas takes as long to import as the rest of jax.
@@ -84,7 +84,7 @@ _IMPLEMENTATIONS = {
 
 def grouped_matmul(
     x_MD: jax.Array,
-    w_EDF: jax.Array | QuantizedTensor | Stacked,
+    w_EDF: jax.Array | QuantizedTensor | TurnedTensor | Stacked,
     group_sizes_E: jax.Array,
     *,
     implementation: str | None = None,
@@ -94,7 +94,7 @@ def grouped_matmul(
     Args:
       x_MD: float32 or bfloat16 rows, sorted by group.
       w_EDF: one matrix per group, of x's dtype, or int8 with a scale per output column, which is
-        applied to the product; or such weights inside a stack of layers.
+        applied to the product, plain or turned; or such weights inside a stack of layers.
       group_sizes_E: int32 rows per group, zeros allowed; rows beyond their sum give zeros.
       implementation: "reference" (every product, then a choice), "ragged_dot"
         (`jax.lax.ragged_dot`), "tiled" (one batched product over row tiles of one group each; the
@@ -105,7 +105,7 @@ def grouped_matmul(
 
     Returns:
       [M, F] in x's dtype, summed in float32. Differentiable in x and plain w, by "pallas_tpu" not
-      in w's scale, and not through a stack.
+      in w's scale, not through a stack, and by "hopper" not with turned w.
 
     Raises:
       ValueError: shapes that do not fit, or an unknown implementation, or one that does not take
@@ -125,12 +125,24 @@ def grouped_matmul(
         return run(x_MD, w_EDF, group_sizes_E)
     if w_EDF.dtype == jnp.int8:
         x_MD, w_EDF = _in_turn(x_MD, w_EDF)
-    w_EDF = cut(w_EDF)
-    if not isinstance(w_EDF, QuantizedTensor):
-        return run(x_MD, w_EDF, group_sizes_E).astype(x_MD.dtype)
-    out_MF = run(x_MD, w_EDF.values.astype(x_MD.dtype), group_sizes_E)
+        return _by_cast(run, x_MD, cut(w_EDF), group_sizes_E)
+    return run(x_MD, cut(w_EDF), group_sizes_E).astype(x_MD.dtype)
+
+
+def _by_cast(run, x_MD, weight, group_sizes_E):
+    """The product by an int8 leaf, whose values are cast in main memory, as they lie if `run` can.
+    """
+    turned = isinstance(weight, TurnedTensor)
+    if turned and run is _hopper:
+        from pallas_kernels.grouped_matmul import mosaic_gpu_vjp
+
+        scale_EF, run = weight.scale, mosaic_gpu_vjp.turned_grouped_matmul
+    else:
+        weight = weight.plain() if turned else weight
+        scale_EF = weight.scale[:, 0]
+    out_MF = run(x_MD, weight.values.astype(x_MD.dtype), group_sizes_E)
     group_M = xla.group_of_row(group_sizes_E, x_MD.shape[0])
-    return (out_MF * jnp.take(w_EDF.scale[:, 0], group_M, axis=0)).astype(x_MD.dtype)
+    return (out_MF * jnp.take(scale_EF, group_M, axis=0)).astype(x_MD.dtype)
 
 
 def _in_turn(x_MD, weight):
@@ -145,7 +157,7 @@ def _in_turn(x_MD, weight):
 
 def grouped_swiglu(
     x_MD: jax.Array,
-    w_2EDF: jax.Array | QuantizedTensor | Stacked,
+    w_2EDF: jax.Array | QuantizedTensor | TurnedTensor | Stacked,
     group_sizes_E: jax.Array,
     *,
     implementation: str | None = None,
@@ -153,7 +165,8 @@ def grouped_swiglu(
     """SiLU(x · gate) · (x · up) with a gate and an up matrix per group, as one product.
 
     Args:
-      w_2EDF: gate and up, as `grouped_matmul` takes weights; int8 scales are [2, E, 1, F].
+      w_2EDF: gate and up, as `grouped_matmul` takes weights; int8 scales are [2, E, 1, F], or
+        [2, E, F] of turned ones.
       implementation: "pallas_tpu" (one kernel; the products themselves stay on the chip; forward
         only; the automatic choice on TPU), "hopper" (as one kernel too, for bfloat16 weights; the
         automatic choice there), or a name of `grouped_matmul`, for two products, or None.
@@ -179,11 +192,19 @@ def grouped_swiglu(
         from pallas_kernels.grouped_matmul import mosaic_gpu_vjp
 
         return mosaic_gpu_vjp.grouped_swiglu(x_MD, w_2EDF, group_sizes_E)
-    gate, up = (
-        grouped_matmul(x_MD, jax.tree.map(lambda w, c=c: w[c], cut(w_2EDF)), group_sizes_E,
-                       implementation=implementation).astype(jnp.float32)
-        for c in range(2)
-    )
+    def half(c):
+        return jax.tree.map(lambda w: w[c], cut(w_2EDF))
+
+    if implementation == "hopper":
+        # A layer's place in its stack waits, not a copy of the layer, and up's cast for gate.
+        x_MD, w_2EDF = _in_turn(x_MD, w_2EDF)
+        gate = _by_cast(_hopper, x_MD, half(0), group_sizes_E)
+        gate, w_2EDF = _in_turn(gate, w_2EDF)
+        up = _by_cast(_hopper, x_MD, half(1), group_sizes_E)
+    else:
+        gate, up = (grouped_matmul(x_MD, half(c), group_sizes_E, implementation=implementation)
+                    for c in range(2))
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
     return (jax.nn.silu(gate) * up).astype(x_MD.dtype)
 
 

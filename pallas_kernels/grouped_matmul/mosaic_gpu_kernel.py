@@ -22,6 +22,7 @@ from pallas_kernels.costs import kernel_cost
 from pallas_kernels.grouped_matmul import tiles
 from pallas_kernels.grouped_matmul.mosaic_gpu_items import items_of
 from pallas_kernels.grouped_matmul.stacked import stack
+from pallas_kernels.lightning_attention.mosaic_gpu_block import transposed
 
 K = 64  # inner columns of a tile: 128 bytes, the widest swizzle
 _TILES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -64,6 +65,7 @@ class _Shape:
     stages: int
     cluster: int
     programs: int
+    turned: bool  # each matrix lies [F, D]
     interpret: bool
 
     @property
@@ -72,22 +74,26 @@ class _Shape:
         return min(self.columns, 8192 // self.half)
 
 
-def grouped_matmul(x_MD, w_EDF, group_sizes_E, *, config: Config | None = None, interpret=False):
+def grouped_matmul(x_MD, w_EDF, group_sizes_E, *, config: Config | None = None, interpret=False,
+                   turned: bool = False):
     """As the public function, for bfloat16 x and plain or stacked bfloat16 weights.
+
+    turned: the weights lie [E, F, D]; the matrix unit reads bfloat16 either way.
 
     Raises ValueError for widths or a configuration that do not fit.
     """
-    return _run(x_MD, w_EDF, group_sizes_E, 1, config, interpret)
+    return _run(x_MD, w_EDF, group_sizes_E, 1, config, interpret, turned)
 
 
 def grouped_swiglu(x_MD, w_2EDF, group_sizes_E, *, config: Config | None = None, interpret=False):
     """As the public function; SiLU and the product with up happen in registers, in float32."""
-    return _run(x_MD, w_2EDF, group_sizes_E, 2, config, interpret)
+    return _run(x_MD, w_2EDF, group_sizes_E, 2, config, interpret, False)
 
 
-def _run(x_MD, weight, group_sizes_E, parts, config, interpret):
+def _run(x_MD, weight, group_sizes_E, parts, config, interpret, turned):
     values, scale, layer_1 = stack(weight)
-    E, D, F = values.shape[-3:]
+    E, *matrix = values.shape[-3:]
+    D, F = matrix[::-1] if turned else matrix
     if config is None:
         config = Config(**(tiles.listed("hopper", x_MD.shape[0], D, parts * F) or {}))
     columns = config.columns or 32768 // (config.rows * parts)
@@ -107,11 +113,12 @@ def _run(x_MD, weight, group_sizes_E, parts, config, interpret):
     x_MD = jnp.pad(x_MD, ((0, max(config.rows - rows_M, 0)), (0, 0)))  # a TMA box fits its tensor
     M = x_MD.shape[0]
     s = _Shape(parts, E, D, F, half, columns, config.stages, config.cluster,
-               max(config.blocks // config.cluster, 1), bool(interpret))
+               max(config.blocks // config.cluster, 1), turned, bool(interpret))
     items, count = items_of(group_sizes_E, M, config.rows, F // (columns * config.cluster),
                             config.together, rest=parts == 1)
     header = jnp.concatenate([count.reshape(1), layer_1])
-    out_MF = _call(s, header, items, x_MD, values.reshape(-1, E * D, F), interpret)
+    rows_of_all = values.reshape(-1, E * matrix[0], matrix[1])
+    out_MF = _call(s, header, items, x_MD, rows_of_all, interpret)
     return out_MF[:rows_M]
 
 
@@ -139,7 +146,8 @@ def _call(s: _Shape, header, items, x_MD, w, interpret):
         out_type=jax.ShapeDtypeStruct((x_MD.shape[0], s.F), bf16),
         scratch_types={
             "x_tiles": x_tiles,
-            "w_tiles": plgpu.SMEM((s.stages, s.parts, K, s.columns), bf16, transforms=_TILES),
+            "w_tiles": plgpu.SMEM((s.stages, s.parts, *_turn(s, K, s.columns)), bf16,
+                                  transforms=_TILES),
             # Without a layout of ours: a store may begin and end at any row.
             "out_tiles": plgpu.SMEM((2, s.half, s.chunk), bf16),
             "full": plgpu.Barrier(num_arrivals=2, num_barriers=s.stages),
@@ -154,6 +162,11 @@ def _call(s: _Shape, header, items, x_MD, w, interpret):
     M, weights = x_MD.shape[0], s.E * s.parts * s.D * s.F
     with kernel_cost(2 * M * s.parts * s.D * s.F, 2 * (weights + M * (s.D + s.F))):
         return run(header, items, x_MD, w)
+
+
+def _turn(s: _Shape, inner, column):
+    """Both in the order in which a matrix has them."""
+    return (column, inner) if s.turned else (inner, column)
 
 
 class _Block:
@@ -202,7 +215,7 @@ class _Block:
         s, refs = self.s, self.refs
         expert, start, rows, column, steps = item
         shared = dict(collective_axes="cluster") if s.cluster > 1 else {}
-        parts, columns = pl.ds(self.layer * s.parts, s.parts), pl.ds(column, s.columns)
+        parts = pl.ds(self.layer * s.parts, s.parts)
 
         @pl.loop(0, steps)
         def _(k):
@@ -214,7 +227,9 @@ class _Block:
                 plgpu.barrier_wait(refs["empty"].at[slot])
 
             # One copy for each operand: every thread of the warpgroup arrives for every copy.
-            source = refs["w"].at[parts, pl.ds(expert * s.D + k * K, K), columns]
+            (row, rows_of_tile), (at, width) = _turn(s, (k * K, K), (column, s.columns))
+            first = expert * (s.F if s.turned else s.D) + row
+            source = refs["w"].at[parts, pl.ds(first, rows_of_tile), pl.ds(at, width)]
             plgpu.copy_gmem_to_smem(source, refs["w_tiles"].at[slot], full)
 
             def load_x(size):
@@ -256,7 +271,8 @@ class _Block:
                     plgpu.barrier_wait(refs["full"].at[slot])
                     left = self.x.at[slot, pl.ds(group * s.half, s.half)]
                     for part, acc in enumerate(accs):
-                        plgpu.wgmma(acc, left, refs["w_tiles"].at[slot, part])
+                        right = refs["w_tiles"].at[slot, part]
+                        plgpu.wgmma(acc, left, transposed(right) if s.turned else right)
                     # The step before is done: its tiles may go while this one still runs.
                     plgpu.wgmma_wait(s.parts)
 

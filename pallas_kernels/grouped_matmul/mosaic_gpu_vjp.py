@@ -19,6 +19,12 @@ def grouped_matmul(x_MD, w_EDF, group_sizes_E):
     return mosaic_gpu_kernel.grouped_matmul(x_MD, w_EDF, group_sizes_E)
 
 
+def turned_grouped_matmul(x_MD, w_EFD, group_sizes_E):
+    """`grouped_matmul` by matrices that lie [F, D]; forward only."""
+    _check()
+    return mosaic_gpu_kernel.grouped_matmul(x_MD, w_EFD, group_sizes_E, turned=True)
+
+
 @jax.custom_vjp
 def grouped_swiglu(x_MD, w_2EDF, group_sizes_E):
     """As the public function, for bfloat16; raises ValueError elsewhere than on Hopper."""

@@ -1,7 +1,5 @@
 """Public function of a product of few rows with an int8 matrix, and its choice of form."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -21,8 +19,8 @@ def int8_product(x_MK: jax.Array, weight: TurnedTensor | Stacked, *,
       x_MK: float32 or bfloat16; K is the product of `weight.inner`.
       weight: one matrix, or one inside a stack of layers.
       implementation: "xla" (any device), "mosaic_gpu" (Hopper GPUs: bfloat16, K and N multiples of
-        128; x is cut into two int8 parts per row, 15 bits under its largest value), or None: "xla"
-        until the kernel has been measured.
+        128; x is cut into two int8 parts per row, 15 bits under its largest value), or None: the
+        kernel where it takes these, up to 256 rows, else "xla".
 
     Returns:
       float32 [M, N], N the product of `weight.outer`. Not differentiable by the kernel.
@@ -36,19 +34,25 @@ def int8_product(x_MK: jax.Array, weight: TurnedTensor | Stacked, *,
     if x_MK.ndim != 2 or x_MK.shape[1] != K:
         raise ValueError(f"x must be [M, {K}] for a weight of {own.inner} x {own.outer}; got "
                          f"{x_MK.shape}.")
+    default = "mosaic_gpu" if product_fits(x_MK.shape[0], x_MK.dtype, weight) else "xla"
     run = dispatch.choose("int8_product", {"xla": _xla, "mosaic_gpu": _mosaic_gpu}, implementation,
-                          "xla", (*x_MK.shape, N))
+                          default, (*x_MK.shape, N))
     return run(x_MK, weight)
 
 
 def product_fits(rows: int, dtype, weight: TurnedTensor | Stacked) -> bool:
     """Whether this is a Hopper GPU whose kernel takes so many rows of `dtype` with `weight`."""
-    if not tuning.hopper() or rows > _MOST:
+    own = weight.whole if isinstance(weight, Stacked) else weight
+    return rows <= _MOST and matrices_fit(dtype, *own.values.shape[:-3:-1])
+
+
+def matrices_fit(dtype, inner: int, outer: int) -> bool:
+    """Whether this is a Hopper GPU whose kernel multiplies rows of `dtype` by such matrices."""
+    if not tuning.hopper():
         return False
     from pallas_kernels.int8_product import mosaic_gpu
 
-    own = weight.whole if isinstance(weight, Stacked) else weight
-    return mosaic_gpu.refusal(dtype, math.prod(own.inner), math.prod(own.outer)) is None
+    return mosaic_gpu.refusal(jnp.dtype(dtype), inner, outer) is None
 
 
 def _xla(x_MK, weight):

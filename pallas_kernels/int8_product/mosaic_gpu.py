@@ -88,7 +88,7 @@ def product(x_MK, w_LPENK, scale_LPEN, index_1, matrix_B, count_1, *, rows, swig
     config = config or Config()
     W = config.columns or (64 if P * rows > 64 else 128)
     tiles = M // rows * (N // W)
-    splits = config.splits or _splits(tiles, K // STEP)
+    splits = config.splits or splits_of(tiles, K // STEP)
     steps = K // STEP // splits
     # Two blocks share the 227 KiB of a multiprocessor.
     one = STEP * (P * W + 2 * rows)
@@ -198,7 +198,7 @@ def product(x_MK, w_LPENK, scale_LPEN, index_1, matrix_B, count_1, *, rows, swig
     return (jax.nn.silu(y[0]) * y[1]).astype(bf16) if swiglu else y
 
 
-def _splits(tiles: int, steps: int) -> int:
+def splits_of(tiles: int, steps: int) -> int:
     """Enough parts for three blocks on each multiprocessor."""
     parts = 1
     while 2 * parts * tiles <= 3 * _MULTIPROCESSORS and steps % (2 * parts) == 0:
