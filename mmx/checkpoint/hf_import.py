@@ -51,7 +51,7 @@ def import_params(source: HfSource, *, dtype, quantize: str | None = None,
     unit = max_host_bytes // (4 * (workers + 1))
     jobs = []
     for path, spec in param_specs(source.config, dtype).items():
-        jobs += _jobs(path, spec, quantize, (shardings or {}).get(path), unit, turned)
+        jobs += _jobs(path, spec, quantize, (shardings or {}).get(path), turned, unit)
     arrays: dict[str, dict[str, list[jax.Array]]] = {}
     done, total = 0, sum(job.size for job in jobs)
     waiting: collections.deque = collections.deque()
@@ -110,7 +110,7 @@ def _assemble(jobs: list["_Job"], parts: dict[str, list[jax.Array]]):
     return QuantizedTensor(values, make(job.scale_shape, job.scale_sharding, parts["scale"]))
 
 
-def _jobs(path, spec, quantize, sharding, unit, turned) -> list["_Job"]:
+def _jobs(path, spec, quantize, sharding, turned, unit) -> list["_Job"]:
     """One job per distinct region that this process has to read for a parameter."""
     axes = contracted_axes(path) if quantize else ()
     if sharding is None:

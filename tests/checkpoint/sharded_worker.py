@@ -21,8 +21,8 @@ from mmx.checkpoint import hf_files, load_config, load_params, orbax_io, save_hf
 from mmx.checkpoint.hf_import import import_params  # noqa: E402
 from mmx.checkpoint.hf_source import HfSource  # noqa: E402
 from mmx.model import param_specs  # noqa: E402
-from mmx.quant import abstract_params, contracted_axes  # noqa: E402
-from pallas_kernels.quantized import QuantizedTensor  # noqa: E402
+from mmx.quant import abstract_params, contracted_axes, turn, turned_sharding  # noqa: E402
+from pallas_kernels.quantized import TurnedTensor  # noqa: E402
 
 # "rows" splits only what lies in one piece in a file; "columns" splits the other side too.
 RULES = {
@@ -38,6 +38,12 @@ def addressable_bytes(shape, sharding, itemsize, whole_axes=()) -> int:
         regions.add(tuple((0, n) if i in whole_axes else part.indices(n)[:2]
                           for i, (part, n) in enumerate(zip(index, shape, strict=True))))
     return sum(int(np.prod([b - a for a, b in region])) * itemsize for region in regions)
+
+
+def lies(path, leaf, sharding):
+    if isinstance(leaf, TurnedTensor):
+        return turned_sharding(sharding, leaf.shape, contracted_axes(path)).values
+    return sharding
 
 
 def same_shards(array, whole) -> bool:
@@ -80,24 +86,30 @@ def main(index: int, port: str, checkpoint: str, shared: str):
     for name, rules in RULES.items():
         shardings = {path: NamedSharding(mesh, PartitionSpec(
             *(rules.get(axis) for axis in spec.axes))) for path, spec in specs.items()}
-        for quantize in (None, "int8"):
+        for quantize, turned in ((None, None), ("int8", None), ("int8", True)):
             local = {path: jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
                      for path in specs}
             _, whole = load_params(checkpoint, dtype="float32", quantize=quantize, shardings=local)
             with HfSource(config, checkpoint) as source:
                 params = import_params(source, dtype="float32", quantize=quantize,
-                                       shardings=shardings)
+                                       shardings=shardings, turned=turned)
                 read = source.reader.bytes_read
             wanted = sum(addressable_bytes(
                 spec.shape, shardings[path], 4, contracted_axes(path) if quantize else ())
                 for path, spec in specs.items())
+            places = {path: lies(path, x, shardings[path]) for path, x in params.items()}
+            # Of one device's leaves those that are turned on the mesh, by the same rule.
+            held = {path: turn(path, x) if isinstance(params[path], TurnedTensor) else x
+                    for path, x in whole.items()}
             same = all(same_shards(a, b) for a, b in zip(
-                jax.tree.leaves(params), jax.tree.leaves(whole), strict=True))
-            placed = all((x.values if isinstance(x, QuantizedTensor) else x).sharding
-                         == shardings[path] for path, x in params.items())
-            report[f"{name} {quantize}"] = {"read": read, "wanted": wanted, "same": same,
-                                            "placed": placed}
-    # `params` is int8 and split over both processes here: save, restore, export together.
+                jax.tree.leaves(params), jax.tree.leaves(held), strict=True))
+            placed = all((x if isinstance(x, jax.Array) else x.values).sharding == places[path]
+                         for path, x in params.items())
+            placed &= bool(turned) == any(isinstance(x, TurnedTensor) for x in params.values())
+            report[f"{name} {quantize}" + " turned" * bool(turned)] = {
+                "read": read, "wanted": wanted, "same": same, "placed": placed}
+    # `params` is int8, experts turned, and split over both processes here: save, restore, export
+    # together.
     orbax_io.save_model(f"{shared}/orbax", config, params)
     _, back = load_params(f"{shared}/orbax", config, dtype="float32", shardings=shardings)
     report["orbax"] = {"same": all(

@@ -15,7 +15,7 @@ from mmx.checkpoint import hf_import, load_config, load_params
 from mmx.checkpoint.hf_source import HfSource
 from mmx.errors import UserError
 from mmx.model import param_specs
-from mmx.quant import contracted_axes, quantize_params
+from mmx.quant import contracted_axes, quantize_params, turned_back
 from pallas_kernels.quantized import QuantizedTensor
 from tests import tiny
 from tests.checkpoint import expected
@@ -73,8 +73,8 @@ def test_int8_equals_quantising_the_loaded_weights(checkpoints):
 
 
 @pytest.mark.parametrize("on_host", [True, False], ids=["host buffers", "device buffers"])
-@pytest.mark.parametrize("quantize", [None, "int8"])
-def test_pieces_of_any_size_give_the_same(tmp_path, monkeypatch, on_host, quantize):
+@pytest.mark.parametrize("quantize, turned", [(None, None), ("int8", None), ("int8", True)])
+def test_pieces_of_any_size_give_the_same(tmp_path, monkeypatch, on_host, quantize, turned):
     """Even row by row, and written into device memory piece by piece, as on an accelerator."""
     tiny.write_checkpoint(tmp_path, tiny.config(2, 2, vocab_size=40, num_experts=2),
                           layout="transformers")
@@ -82,8 +82,8 @@ def test_pieces_of_any_size_give_the_same(tmp_path, monkeypatch, on_host, quanti
     make = hf_import._jobs
     monkeypatch.setattr(hf_import, "lives_on_host", lambda device: on_host)
     monkeypatch.setattr(hf_import, "_jobs", lambda *args: make(*args[:-1], 3000))
-    _, params = load_params(tmp_path, dtype="float32", quantize=quantize)
-    assert_same(params, whole)
+    _, params = load_params(tmp_path, dtype="float32", quantize=quantize, turned=turned)
+    assert_same(turned_back(params), whole)
 
 
 def test_progress_counts_every_element_once(checkpoints, config):

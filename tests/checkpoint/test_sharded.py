@@ -39,7 +39,8 @@ def reports(tmp_path_factory):
     return config, outputs
 
 
-CASES = ["rows None", "rows int8", "columns None", "columns int8"]
+CASES = [f"{rules} {how}" for rules in ("rows", "columns")
+         for how in ("None", "int8", "int8 turned")]
 
 
 @pytest.mark.multidevice

@@ -31,7 +31,7 @@ from mmx.parallel.mesh_ops import MeshOps
 from mmx.sharding.mesh import parse_mesh
 from mmx.sharding.rules import REGIMES, param_shardings
 from pallas_kernels.attention import cudnn
-from pallas_kernels.quantized import QuantizedTensor
+from pallas_kernels.quantized import QuantizedTensor, TurnedTensor
 from tests.engine.conftest import tiny_model
 from tests.pallas_kernels import cudnn_stand_in
 from tests.parallel import ragged
@@ -159,6 +159,9 @@ def main(cases):
         if key not in references:
             references[key] = train(given, capacity) if key[0] else serve(given, batch)
         params = place(given, mesh, rules)
+        if "turned" in rest:
+            params = quant.lay(model.param_specs(CONFIG), params, True)
+            assert any(isinstance(leaf, TurnedTensor) for leaf in params.values())
         got = train(params, capacity, ops) if key[0] else serve(params, batch, ops)
         assert all(a.shape == b.shape for a, b in zip(got, references[key], strict=True))
         report[case] = max(peak_ratio(a, b) for a, b in zip(got, references[key], strict=True))

@@ -10,11 +10,12 @@ import pytest
 
 from tests.tolerances import bound
 
-# MESH/REGIME/ROWS[/int8][/NAME=CHOICE], where rows are of uneven length, tensor=4 has more devices
-# than key/value heads, and a row alone cannot be split over the batch axes; cuDNN is a stand-in.
-# And skewed/DISPATCH/ROWS/GROUPS/TENSOR.
+# MESH/REGIME/ROWS[/int8[/turned]][/NAME=CHOICE], where rows are of uneven length, tensor=4 has more
+# devices than key/value heads, and a row alone cannot be split over the batch axes; cuDNN is a
+# stand-in. And skewed/DISPATCH/ROWS/GROUPS/TENSOR.
 QUICK = (
-    "data=2,expert=2,tensor=2/decode/4/int8", "expert=2,tensor=4/prefill/4",
+    "data=2,expert=2,tensor=2/decode/4/int8", "expert=2,tensor=2/decode/4/int8/turned",
+    "expert=2,tensor=4/prefill/4",
     "sequence=2,expert=2,tensor=2/long/1/dispatch=all_to_all",
     "data=2,sequence=4/prefill/2/softmax=cudnn",
     "data=2,sequence=2,expert=2/train/4/dispatch=ragged/groups=2/capacity=0.75",
@@ -29,6 +30,7 @@ CASES = (
     "data=2,expert=4/prefill/8/dispatch=all_to_all", "data=2,expert=2,tensor=2/train/4",
     "data=2,sequence=2,expert=2/train/4",
     "data=2,expert=2,tensor=2/train/4/dispatch=ragged/rows=part/groups=2/capacity=0.75",
+    "expert=4,tensor=2/prefill/4/int8/turned/dispatch=all_to_all", "expert=1/decode/2/int8/turned",
     *(f"skewed/{form}/{rows}/{groups}/{tensor}" for form in ("all_to_all", "ragged")
       for rows, groups, tensor in (("all", 1, 2), ("part", 3, 4))),
     "sequence=2,expert=4/long/1/int8/dispatch=ragged/groups=2",
