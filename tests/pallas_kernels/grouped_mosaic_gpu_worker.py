@@ -21,6 +21,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import api, mosaic_gpu_kernel, mosaic_gpu_vjp, reference
 from pallas_kernels.grouped_matmul.mosaic_gpu_kernel import Config
 from pallas_kernels.grouped_matmul.stacked import Stacked
+from pallas_kernels.quantized import TurnedTensor
 from tests.pallas_kernels import hopper
 from tests.tolerances import norm_ratio
 
@@ -34,6 +35,9 @@ SMALL = {  # name -> M, group sizes, D, F, config, inside a stack
     "blocks_of_tiles": (520, (390, 130), 64, 256,
                         Config(columns=128, blocks=3, together=2), False),
     "cluster": (200, (70, 129), 128, 256, Config(columns=128, blocks=2, cluster=2), False),
+    # Each matrix lies [F, D].
+    "turned": (140, (1, 138), 192, 256, Config(columns=128, blocks=2, stages=3), True),
+    "turned_cluster": (200, (70, 129), 128, 256, Config(columns=128, blocks=2, cluster=2), False),
 }
 
 
@@ -50,8 +54,11 @@ def interpret(case):
     w = jnp.asarray(rng.standard_normal((3, 2, len(sizes), D, F)) * D**-0.5, jnp.bfloat16)
     if parts == 1:
         w = w[:, 0]
-    weight = Stacked(w, jnp.int32(1)) if stacked else w[1]
     run = mosaic_gpu_kernel.grouped_swiglu if parts == 2 else mosaic_gpu_kernel.grouped_matmul
+    lies = w
+    if name.startswith("turned"):
+        lies, run = w.swapaxes(-1, -2), partial(run, turned=True)
+    weight = Stacked(lies, jnp.int32(1)) if stacked else lies[1]
     got = run(x, weight, jnp.array(sizes, jnp.int32), config=config,
               interpret=plgpu.InterpretGPUParams(detect_races=True))
     total = sum(sizes)
@@ -118,9 +125,14 @@ def compile_one(case):
     else:
         x, w = array((M, F)), array((2, E, F, D))
 
+    if name == "int8":
+        matrices = w.shape[:-2]
+        w = TurnedTensor(array((*matrices, *w.shape[:-3:-1]), "int8"),
+                         array((*matrices, w.shape[-1]), "float32"))
+
     def function(x, w, layer, sizes):
         public = api.grouped_swiglu if kind == "swiglu" else api.grouped_matmul
-        if name == "public":  # the automatic choice
+        if name in ("public", "int8"):  # the automatic choice
             return public(x, Stacked(w, layer), sizes)
         if name == "gradient":
             return jax.grad(lambda x, w: jnp.sum(public(x, w[0], sizes).astype(jnp.float32)),

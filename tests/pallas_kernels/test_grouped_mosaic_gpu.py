@@ -18,9 +18,10 @@ from tests.tolerances import bound
 NAMES = ("ragged", "full", "nothing", "few_rows", "wide_rows", "in_stack", "blocks_of_tiles",
          "cluster")
 INTERPRETED = [*(f"{kind}/{name}" for kind in ("matmul", "swiglu") for name in NAMES),
-               "gradient/matmul", "gradient/swiglu"]
+               "matmul/turned", "matmul/turned_cluster", "gradient/matmul", "gradient/swiglu"]
 COMPILED = ["matmul/4096/public", "swiglu/4096/public", "matmul/32768/cluster",
             "swiglu/32768/cluster", "matmul/32768/wide_rows", "swiglu/32768/wide_rows"]
+INT8 = ["matmul/32768/int8", "swiglu/32768/int8"]
 work = partial(hopper.work, "grouped_mosaic_gpu_worker")
 
 
@@ -34,7 +35,7 @@ def interpreted():
 @pytest.fixture(scope="module")
 def compiled():
     """Per case: memory, and what the assembler says of the kernel."""
-    output = work("compile", COMPILED, 600, MOSAIC_GPU_DUMP_PTXAS="1")
+    output = work("compile", [*COMPILED, *INT8], 600, MOSAIC_GPU_DUMP_PTXAS="1")
     cases = json.loads(output.splitlines()[-1])
     for section in re.split(r"^case ", output, flags=re.MULTILINE)[1:]:
         name = section.split("\n", 1)[0].strip()
@@ -56,6 +57,15 @@ def test_compiles_for_h200_without_spills_or_copies(compiled, case):
     """No weight is cut out of its stack: the list of items is all there is beside the arrays."""
     assert compiled[case]["spills"] and not any(compiled[case]["spills"]), compiled[case]
     assert not compiled[case]["warnings"] and compiled[case]["temp"] < 1 << 20, compiled[case]
+
+
+@pytest.mark.gpu_aot
+@pytest.mark.parametrize("case", INT8)
+def test_turned_int8_is_cast_once_as_it_lies(compiled, case):
+    """In bfloat16 one matrix of every expert at a time, and activations: gate's and up's."""
+    assert compiled[case]["spills"] and not any(compiled[case]["spills"]), compiled[case]
+    cast, rows = 32 * 6144 * 9216 * 2, 32768 * 9216 * 2
+    assert cast <= compiled[case]["temp"] < cast + 3 * rows, compiled[case]
 
 
 @pytest.mark.parametrize("rest", (False, True))
