@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-Params = Mapping[str, Any]  # path -> jax.Array or QuantizedTensor
+Params = Mapping[str, Any]  # path -> jax.Array or int8 leaf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,15 +82,14 @@ def test_context_and_named_implementations_as_json(bench):
     assert {json.loads(line)["shape"] for line in out.splitlines()[2:]} == {"b2", "t24"}
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
-def test_period(bench, quantize):
-    code, out, _ = bench("period", "--prompts=7,40", "--prefill_chunk=16", "--json",
-                         *([f"--quantize={quantize}"] if quantize else []))
+@pytest.mark.parametrize("flags", [(), ("--quantize=int8",), ("--quantize=int8", "--turned")])
+def test_period(bench, flags):
+    code, out, _ = bench("period", "--prompts=7,40", "--prefill_chunk=16", "--json", *flags)
     rows = complete([json.loads(line) for line in out.splitlines()], "period")
     assert code == 0 and [one["shape"] for one in rows] == ["1x7", "1x40"]
     assert [one["dims"]["chunk"] for one in rows] == [7, 16]
     for one in rows:
-        assert one["dtype"] == ("float32/int8" if quantize else "float32")
+        assert one["dtype"] == ("float32/int8" if flags else "float32")
         assert one["tokens_per_s"] == pytest.approx(one["dims"]["tokens"] * 1e3 / one["median_ms"])
 
 
@@ -133,6 +132,8 @@ def test_a_failing_implementation_has_a_row_and_the_run_goes_on(bench, monkeypat
                  "Did you mean 'kernels'?"),
     (["kernels", "period"], "does not take the argument period"),
     (["kernels", "--quantize=int8"], "--quantize is not for 'mmx bench kernels'."),
+    (["kernels", "--turned"], "--turned is not for 'mmx bench kernels'."),
+    (["decode", "--noturned"], "--turned has no int8 weights to turn."),
     (["period", "--check"], "--check is not for 'mmx bench period'."),
     (["decode", "--batch=1,x"], "--batch='1,x' is not a list of whole numbers."),
     (["period", "--prompts=0"], "--prompts='0' is not a list of whole numbers."),

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmx.quant import quantize
 from pallas_kernels import grouped_matmul
-from pallas_kernels.quantized import QuantizedTensor
+from pallas_kernels.grouped_matmul.api import grouped_swiglu
+from pallas_kernels.grouped_matmul.stacked import Stacked
+from pallas_kernels.quantized import QuantizedTensor, TurnedTensor
 from tests.tolerances import assert_close
 
 M, D, F, E = 300, 24, 40, 5
@@ -83,6 +86,18 @@ def test_int8_weights_equal_their_dequantised_product(form):
     sizes = SIZES["empty groups"]
     got = forms[form](x, quantised, jnp.array(sizes))
     assert_close(got, expected(x, values * scale, sizes), "kernel", "float32", str(form))
+
+
+@pytest.mark.parametrize("name", ["tiled", "ragged_dot"])
+def test_turned_int8_weights_give_the_same_to_the_bit(name):
+    x, w = draw()
+    plain = quantize(jnp.stack([w, w[::-1]]), (2,))
+    turned, sizes = TurnedTensor.of(plain, (2,)), jnp.array(SIZES["empty groups"])
+    for run, one in ((grouped_swiglu, lambda leaf: leaf),
+                     (grouped_matmul, lambda leaf: jax.tree.map(lambda x: x[1], leaf)),
+                     (grouped_matmul, lambda leaf: Stacked(leaf, jnp.int32(1)))):
+        got, want = (run(x, one(leaf), sizes, implementation=name) for leaf in (turned, plain))
+        assert (np.asarray(got) == np.asarray(want)).all()
 
 
 def test_named_implementation_works_or_raises():

@@ -1,5 +1,6 @@
 """int8 matrices laid [out, in]: their forms, and the Hopper kernel interpreted and compiled."""
 
+import dataclasses
 import json
 import re
 from functools import partial
@@ -11,6 +12,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmx.quant import contracted_axes, quantize, turn
+from pallas_kernels import tuning
+from pallas_kernels.experts import hit_int8_mosaic_gpu
 from pallas_kernels.grouped_matmul.stacked import Stacked, cut
 from pallas_kernels.int8_product.api import int8_product
 from pallas_kernels.int8_product.mosaic_gpu import two_parts
@@ -20,7 +23,7 @@ from tests.tolerances import assert_close, bound
 
 INTERPRETED = ["dense/1", "dense/33", "dense/70"] + [
     f"{what}/{kind}" for what in ("experts", "one_pass")
-    for kind in ("even", "skewed", "nobody", "one_token")]
+    for kind in ("even", "skewed", "nobody", "one_token")] + ["narrow/skewed"]
 COMPILED = [f"{what}/{T}" for what in ("dense", "experts") for T in (1, 64, 256)]
 
 
@@ -102,6 +105,42 @@ def test_what_the_kernel_does_not_take_is_refused(dtype, shape, message):
     turned = TurnedTensor.of(weight(shape, (0,)), (0,))
     with pytest.raises(ValueError, match=message):
         api._mosaic_gpu(jnp.zeros((2, 128), dtype), turned, interpret=True)
+
+
+@pytest.mark.parametrize("rows, dtype, shape, taken", [
+    (1, "bfloat16", (128, 256), True), (256, "bfloat16", (128, 256), True),
+    (257, "bfloat16", (128, 256), False), (1, "float32", (128, 256), False),
+    (1, "bfloat16", (128, 192), False), (1, "bfloat16", (64, 256), False)], ids=str)
+def test_the_kernel_is_the_choice_on_hopper_where_it_fits(monkeypatch, rows, dtype, shape, taken):
+    from pallas_kernels.int8_product import api
+
+    called = []
+    for name in ("_xla", "_mosaic_gpu"):
+        monkeypatch.setattr(api, name, lambda x, weight, name=name: called.append(name))
+    turned = TurnedTensor.of(weight(shape, (0,)), (0,))
+    int8_product(jnp.zeros((rows, shape[0]), dtype), turned)  # on a CPU
+    monkeypatch.setattr(tuning, "hopper", lambda: True)
+    int8_product(jnp.zeros((rows, shape[0]), dtype), turned)
+    assert called == ["_xla", "_mosaic_gpu" if taken else "_xla"]
+
+
+def test_a_part_of_a_leaf_knows_its_own_sizes():
+    """What one of four devices holds, by its share of the first axes."""
+    plain = weight((3, 4, 6, 8, 2), (1, 2))
+    turned = TurnedTensor.of(plain, (1, 2))
+    part = dataclasses.replace(turned, values=turned.values[:, :8, :12], scale=turned.scale[:, :8])
+    assert part.shape == (3, 2, 6, 4, 2)
+    assert (part.plain().values == plain.values[:, :2, :, :4]).all()
+    assert (part.plain().scale == plain.scale[:, :, :, :4]).all()
+
+
+@pytest.mark.parametrize("blocks, width, splits", [(2, 9216, True), (3, 9216, False),
+                                                   (3, 1152, True), (38, 1152, False)])
+def test_experts_tiles_are_wide_only_where_sums_are_split(blocks, width, splits):
+    config = hit_int8_mosaic_gpu.measured(blocks, width)
+    assert (config.stages, config.columns) == ((2, None) if splits else (None, 64))
+
+
 work = partial(hopper.work, "int8_product_worker")
 
 
