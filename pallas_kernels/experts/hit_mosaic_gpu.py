@@ -105,7 +105,9 @@ def layout(expert_Tk, E: int, rows: int):
       plan: int32 [blocks], the expert of each block, and their number [1]; blocks are as many as
         can be needed, those beyond that number repeat the last.
     """
-    k, M = expert_Tk.shape[1], expert_Tk.size
+    (T, k), M = expert_Tk.shape, expert_Tk.size
+    if T == 1:
+        return _layout_of_one(expert_Tk[0], E, rows)
     blocks = M if M <= E else E + (M - E) // rows
     expert_M = expert_Tk.reshape(-1)
     hit_ME = (expert_M[:, None] == jnp.arange(E)).astype(jnp.int32)
@@ -121,6 +123,23 @@ def layout(expert_Tk, E: int, rows: int):
     place = jnp.minimum(jnp.arange(blocks), jnp.maximum(ends_E[-1] - 1, 0))
     experts = jnp.minimum(jnp.sum(place[:, None] >= ends_E, axis=1), E - 1)
     return slot_M, source, (experts.astype(jnp.int32), ends_E[-1:].astype(jnp.int32))
+
+
+def _layout_of_one(expert_k, E: int, rows: int):
+    """As `layout` for one token: a block for each choice, by scalars that make one program.
+
+    Sums, scatters and gathers would each be a program of a few microseconds: 60 a step and layer.
+    """
+    k = expert_k.shape[0]
+    each = [expert_k[j] for j in range(k)]
+    mine = [((e >= 0) & (e < E)).astype(jnp.int32) for e in each]
+    # Ids of nobody make no block, so that theirs is not read.
+    blocks = [sum(mine[:j], jnp.int32(0)) for j in range(k + 1)]
+    experts_k = jnp.stack([
+        sum((m * (place == b) * e for m, place, e in zip(mine, blocks, each, strict=False)),
+            jnp.int32(0)) for b in range(k)])
+    slot_k = jnp.stack([m * place * rows for m, place in zip(mine, blocks, strict=False)])
+    return slot_k, jnp.zeros(k * rows, jnp.int32), (experts_k, blocks[k][None])
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "config", "interpret"))

@@ -25,7 +25,7 @@ STEP = 128  # of the contracted axis: 128 bytes, the widest swizzle
 MOST_ROWS = 64
 _WGMMA = plgpu.Layout.WGMMA
 _TILES8 = (plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(STEP))
-_MOST = 127 * 128 + 63  # the largest integer of two parts
+MOST = 127 * 128 + 63  # the largest integer of two parts
 _MULTIPROCESSORS = 132  # of an H100 or H200
 
 
@@ -59,13 +59,15 @@ def refusal(x_dtype, inner: int, outer: int) -> str | None:
 
 
 def two_parts(x_MK):
-    """int8 [2, M, K] and float32 scales [M] with `x ≈ scale (128 parts[0] + parts[1])`."""
+    """int8 [2, M, K] and float32 peaks [M] with `x ≈ peak / MOST (128 parts[0] + parts[1])`."""
     x_MK = x_MK.astype(jnp.float32)
     peak_M = jnp.max(jnp.abs(x_MK), axis=1)
-    scale_M = jnp.where(peak_M == 0, 1.0, peak_M) / _MOST
-    whole_MK = jnp.rint(x_MK / scale_M[:, None]).astype(jnp.int32)
+    # The peaks leave as they are: what is made of them fuses into what follows.
+    steps_M1 = jnp.where(peak_M == 0, 0, MOST / peak_M)[:, None]
+    # A peak so small that its inverse overflows would make integers of any size.
+    whole_MK = jnp.rint(jnp.clip(x_MK * steps_M1, -MOST, MOST)).astype(jnp.int32)
     high_MK = (whole_MK + 64) >> 7
-    return jnp.stack([high_MK, whole_MK - (high_MK << 7)]).astype(jnp.int8), scale_M
+    return jnp.stack([high_MK, whole_MK - (high_MK << 7)]).astype(jnp.int8), peak_M
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "swiglu", "config", "interpret"))
@@ -95,9 +97,9 @@ def product(x_MK, w_LPENK, scale_LPEN, index_1, matrix_B, count_1, *, rows, swig
     stages = min(steps, config.stages or max(2, 104 * 1024 // one))
     fused = swiglu and splits == 1
     bf16, f32, int8 = jnp.bfloat16, jnp.float32, jnp.int8
-    parts_2MK, scale_M = two_parts(x_MK)
+    parts_2MK, peak_M = two_parts(x_MK)
 
-    def int8_product(index, matrices, count, x, w, scale, row_scale, y, *, x_smem, w_smem, full,
+    def int8_product(index, matrices, count, x, w, scale, peak, y, *, x_smem, w_smem, full,
                      done, out_smem=None):
         block, tile, split = (lax.axis_index(name) for name in ("block", "tile", "split"))
         columns, own_rows = pl.ds(tile * W, W), pl.ds(block * rows, rows)
@@ -145,7 +147,7 @@ def product(x_MK, w_LPENK, scale_LPEN, index_1, matrix_B, count_1, *, rows, swig
                 return tuple(acc[...] for acc in accs)
 
             sums = pl.run_scoped(products, *[plgpu.ACC((W, rows), jnp.int32)] * (2 * P))
-            by_row = load(row_scale.at[own_rows], layout=_WGMMA.reduce(0), optimized=False)
+            by_row = load(peak.at[own_rows], layout=_WGMMA.reduce(0), optimized=False) / MOST
 
             def scaled(p):
                 high, low = (total.astype(f32) for total in sums[2 * p:2 * p + 2])
@@ -191,7 +193,7 @@ def product(x_MK, w_LPENK, scale_LPEN, index_1, matrix_B, count_1, *, rows, swig
     weights = min(M // rows, E) * P * K * N
     results = (2 if fused else 4 * P * splits) * N * M
     with kernel_cost(4 * M * P * K * N, weights + 2 * K * M + results):
-        y = run(index_1, matrix_B, count_1, parts_2MK, w_LPENK, scale_LPEN, scale_M)
+        y = run(index_1, matrix_B, count_1, parts_2MK, w_LPENK, scale_LPEN, peak_M)
     if fused:
         return y
     y = jnp.sum(y, axis=0)

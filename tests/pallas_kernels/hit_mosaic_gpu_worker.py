@@ -27,11 +27,13 @@ E, K, D, F = 4, 2, 128, 256
 
 def route(kind):
     rng = np.random.default_rng(2)
-    T = {"one_token": 1, "skewed": 40}.get(kind, 9)
+    T = {"one_token": 1, "one_nobody": 1, "skewed": 40}.get(kind, 9)
     expert = np.stack([rng.permutation(E)[:K] for _ in range(T)])
     if kind == "skewed":  # more rows than one block has
         expert[:, 0] = 3
         expert[:, 1] = np.where(np.arange(T) < 3, 0, 1)
+    if kind == "one_nobody":
+        expert[0, 0] = E  # the other one is of another device
     if kind == "nobody":
         expert[rng.random((T, K)) < 0.5] = E
         expert[0] = -1

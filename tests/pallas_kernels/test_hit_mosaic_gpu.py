@@ -13,7 +13,7 @@ from tests.pallas_kernels import hopper
 from tests.tolerances import bound
 
 INTERPRETED = [f"{dtype}/{kind}" for dtype in ("bfloat16", "int8")
-               for kind in ("even", "skewed", "nobody", "one_token")]
+               for kind in ("even", "skewed", "nobody", "one_token", "one_nobody")]
 COMPILED = [f"{dtype}/{T}" for dtype in ("bfloat16", "int8") for T in (1, 64, 256)]
 work = partial(hopper.work, "hit_mosaic_gpu_worker")
 

@@ -16,14 +16,14 @@ from pallas_kernels import tuning
 from pallas_kernels.experts import hit_int8_mosaic_gpu
 from pallas_kernels.grouped_matmul.stacked import Stacked, cut
 from pallas_kernels.int8_product.api import int8_product
-from pallas_kernels.int8_product.mosaic_gpu import two_parts
+from pallas_kernels.int8_product.mosaic_gpu import MOST, two_parts
 from pallas_kernels.quantized import QuantizedTensor, TurnedTensor, dequantize
 from tests.pallas_kernels import hopper
 from tests.tolerances import assert_close, bound
 
 INTERPRETED = ["dense/1", "dense/33", "dense/70"] + [
     f"{what}/{kind}" for what in ("experts", "one_pass")
-    for kind in ("even", "skewed", "nobody", "one_token")] + ["narrow/skewed"]
+    for kind in ("even", "skewed", "nobody", "one_token", "one_nobody")] + ["narrow/skewed"]
 COMPILED = [f"{what}/{T}" for what in ("dense", "experts") for T in (1, 64, 256)]
 
 
@@ -61,9 +61,10 @@ def test_two_parts_hold_fifteen_bits_of_a_row():
     x = np.random.default_rng(0).standard_normal((7, 300)) * 10.0 ** np.arange(-3, 4)[:, None]
     x[2] = 0
     x = jnp.asarray(x, jnp.bfloat16)
-    (high, low), scale = two_parts(x)
+    (high, low), peak_M = two_parts(x)
     assert high.dtype == low.dtype == jnp.int8
-    back = (128.0 * np.asarray(high, np.float64) + np.asarray(low)) * np.asarray(scale)[:, None]
+    back = (128.0 * np.asarray(high, np.float64) + np.asarray(low)) / MOST
+    back *= np.asarray(peak_M, np.float64)[:, None]
     peak = np.abs(np.asarray(x, np.float64)).max(axis=1, keepdims=True)
     # Half a unit of the last place, of which 127 · 128 + 63 make the largest value, and what
     # float32 adds to the division.
@@ -73,8 +74,16 @@ def test_two_parts_hold_fifteen_bits_of_a_row():
 
 def test_a_row_that_is_not_finite_stays_so():
     x = jnp.ones((2, 128), jnp.bfloat16).at[0, 3].set(jnp.nan)
-    _, scale = two_parts(x)
-    assert np.isnan(scale[0]) and np.isfinite(scale[1])
+    _, peak_M = two_parts(x)
+    assert np.isnan(peak_M[0]) and np.isfinite(peak_M[1])
+
+
+def test_rows_too_small_to_have_an_inverse_stay_small():
+    # float32's largest number over 127 · 128 + 63: smaller peaks make infinite steps.
+    x = jnp.full((1, 128), 1e-36, jnp.float32).at[0, 5].set(0)
+    (high, low), peak_M = two_parts(x)
+    back = (128.0 * np.asarray(high, np.float64) + np.asarray(low)) / MOST * float(peak_M[0])
+    assert np.abs(back).max() <= 1.01e-36
 
 
 def test_the_paths_that_are_quantised_turn():
