@@ -15,7 +15,7 @@ from mmx.config import ModelConfig
 from mmx.model import param_specs
 from mmx.nn.params import draw, initial_kind
 from mmx.parallel.mesh_ops import MeshOps
-from mmx.quant import contracted_axes
+from mmx.quant import abstract_params, contracted_axes
 from mmx.sharding.rules import DECODE, param_shardings
 from pallas_kernels.quantized import QuantizedTensor
 
@@ -78,22 +78,38 @@ def weights(config: ModelConfig, mesh: Mesh, seed: int, dtype: str, quantize: st
     not divide over the mesh.
     """
     specs, params = param_specs(config, dtype), {}
-    shardings = param_shardings(specs, mesh, DECODE)
-    for path, spec in specs.items():
-        kind, scale = initial_kind(spec)
-        axes = contracted_axes(path) if quantize else ()
-        key, sharding = named_key(seed, path), shardings[path]
-        if axes:
-            shape = tuple(1 if i in axes else n for i, n in enumerate(spec.shape))
+    for path, leaf in shapes(config, mesh, dtype, quantize).items():
+        kind, scale = initial_kind(specs[path])
+        draw_one = partial(values, named_key(seed, path))
+        if isinstance(leaf, QuantizedTensor):
+            step = jnp.float32(scale_of(kind, scale))
             params[path] = QuantizedTensor(
-                values(key, spec.shape, jnp.int8, sharding, kind),
-                values(key, shape, jnp.float32, scale_sharding_of(sharding, spec.shape, axes),
-                       "ones") * jnp.float32(scale_of(kind, scale)))
+                draw_one(leaf.shape, leaf.dtype, leaf.values.sharding, kind),
+                draw_one(leaf.scale.shape, leaf.scale.dtype, leaf.scale.sharding, "ones") * step)
         else:
-            params[path] = values(key, spec.shape, spec.dtype, sharding, kind, scale)
+            params[path] = draw_one(leaf.shape, leaf.dtype, leaf.sharding, kind, scale)
         # One at a time: pieces of several in flight would add up.
         jax.block_until_ready(params[path])
     return params
+
+
+def shapes(config: ModelConfig, mesh: Mesh, dtype: str, quantize: str | None) -> dict:
+    """The parameters that `weights` draws, abstract, lying where it has them."""
+    specs, found = param_specs(config, dtype), {}
+    shardings = param_shardings(specs, mesh, DECODE)
+    for path, leaf in abstract_params(config, dtype, quantize).items():
+        sharding = shardings[path]
+        if isinstance(leaf, QuantizedTensor):
+            found[path] = QuantizedTensor(
+                _laid(leaf.values, sharding),
+                _laid(leaf.scale, scale_sharding_of(sharding, leaf.shape, contracted_axes(path))))
+        else:
+            found[path] = _laid(leaf, sharding)
+    return found
+
+
+def _laid(leaf, sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def cache_shapes(config: ModelConfig, ops: MeshOps, batch: int, capacity: int, dtype: str) -> Cache:

@@ -51,6 +51,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--model", default="period", choices=preset_names())
     add("--devices", type=int, default=2, help="beside one [%(default)s]")
     add("--dtype", default="", help="bfloat16, or float32 on a CPU")
+    add("--quantize", default="", choices=("", "int8"),
+        help="weights of sequence and experts, where bfloat16 does not fit one device")
     add("--tokens", type=int, default=262144, help="of the prompt [%(default)s]")
     add("--chunk", type=int, default=16384, help="of a prompt, per device [%(default)s]")
     add("--batch", type=int, default=64, help="rows that decode together [%(default)s]")
@@ -77,6 +79,7 @@ class Bench:
         self.end = begin + asked.seconds
         full = jax.default_backend() != "cpu"
         self.dtype = asked.dtype or ("bfloat16" if full else "float32")
+        self.quantize = asked.quantize or None
         self.config: ModelConfig = preset(asked.model)
         axis = "expert" if asked.row == "experts" else "sequence"
         self.meshes = one_device(), parse_mesh(f"{axis}={asked.devices}")
@@ -130,7 +133,7 @@ class Bench:
         def make(name, timing, ceilings, devices):
             # What was asked is the same; its chunk differs.
             own = next(job for side, job, _, _ in found if side.name == name)
-            return own.row(self.config, self.dtype, None, name, timing, ceilings)
+            return own.row(self.config, self.dtype, self.quantize, name, timing, ceilings)
         self.add(job.operation, make, [
             (side.name, side.mesh.size, timing, facts) for side, _, timing, facts in found])
 
@@ -140,7 +143,7 @@ class Bench:
                 if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats]
 
     def sequence(self) -> None:
-        sides = self.sides(Side)
+        sides = self.sides(Side, quantize=self.quantize)
         jobs = [self.prompt(side.mesh.size) for side in sides]
         programs = together([lambda s=side, j=job: s.compile(j)
                              for side, job in zip(sides, jobs, strict=True)])
@@ -156,8 +159,8 @@ class Bench:
                       for side, job, facts in zip(sides, jobs, told, strict=True)])
 
     def experts(self) -> None:
-        one, many = self.sides(Side)
-        long = Side(self.config, many.mesh, self.dtype, True, self.asked.seed)
+        one, many = self.sides(Side, quantize=self.quantize)
+        long = Side(self.config, many.mesh, self.dtype, True, self.asked.seed, self.quantize)
         decode = Job("decode", self.asked.batch, self.asked.context)
         # Those that share weights, and so a turn, stand together.
         turns = [[(one, decode), (one, self.prompt(1))],
