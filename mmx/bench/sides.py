@@ -34,6 +34,14 @@ class Program:
     logits: list[jax.Array] = dataclasses.field(default_factory=list)
 
 
+def mesh_name(mesh: Mesh) -> str:
+    """As in "1 device" or "2 devices, sequence=2"."""
+    if mesh.size == 1:
+        return "1 device"
+    axes = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+    return f"{mesh.size} devices, {axes}"
+
+
 class Side:
     """A geometry on a mesh; on a mesh of one device, the engine without one.
 
@@ -52,11 +60,7 @@ class Side:
 
     @property
     def name(self) -> str:
-        """As in "1 device" or "2 devices, sequence=2"."""
-        if not self.many:
-            return "1 device"
-        mesh = ",".join(f"{name}={size}" for name, size in self.mesh.shape.items())
-        return f"{self.mesh.size} devices, {mesh}"
+        return mesh_name(self.mesh)
 
     @property
     def weight_bytes(self) -> int:

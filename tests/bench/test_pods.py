@@ -100,8 +100,8 @@ def test_too_few_devices_is_a_sentence(capsys):
 
 
 def test_what_could_not_be_timed_is_said():
-    assert pods.pooled([], None) == "No time was left."
-    assert pods.pooled("Failed.", None) == "Failed."
+    assert pods.pooled([]) == "No time was left."
+    assert pods.pooled("Failed.") == "Failed."
     assert pods.difference([], [[1.0]]) is None
 
 
