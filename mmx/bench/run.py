@@ -126,8 +126,10 @@ class _Bench:
                         log.note(f"failed: {failure}")
                     bar.update(1)
         except BaseException:
-            self.report.add(comparison.rows())
-            log.note(self.report.text())
+            rows = comparison.rows()
+            self.report.add(rows)
+            log.note(f"stopped after {sum(row['trials'] for row in rows)} of {comparison.total} "
+                     f"comparisons\n\n{self.report.text()}")
             raise
         self.report.add(comparison.rows())
 
