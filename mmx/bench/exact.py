@@ -14,17 +14,21 @@ def lightning(q, k, v, slopes_N, state, starts, do, dstate):
     """
     B, T, N, H = q.shape
     keep_BTN = np.exp(-slopes_N) * ~starts[..., None]
-    out, dq, dk, dv = (np.zeros((B, T, N, H)) for _ in range(4))
-    S = state.copy()
+    # Rows [B, T, N, 1, H] and columns [B, T, N, H, 1], and all is written in place: what a token
+    # costs is little beside the passes over the states.
+    row, column = (lambda x: x[..., None, :]), (lambda x: x[..., None])
+    out, dq, dk, dv = (np.empty((B, T, N, H)) for _ in range(4))
+    S, product = state.copy(), np.empty(state.shape)
     for t in range(T):
-        S = keep_BTN[:, t, :, None, None] * S + k[:, t, :, :, None] * v[:, t, :, None, :]
-        out[:, t] = np.einsum("bnk,bnkv->bnv", q[:, t], S)
-        dq[:, t] = np.einsum("bnkv,bnv->bnk", S, do[:, t])
+        S *= keep_BTN[:, t, :, None, None]
+        S += np.multiply(column(k[:, t]), row(v[:, t]), out=product)
+        np.matmul(row(q[:, t]), S, out=row(out[:, t]))
+        np.matmul(S, column(do[:, t]), out=column(dq[:, t]))
     dS = dstate.copy()
     for t in reversed(range(T)):
-        dS += q[:, t, :, :, None] * do[:, t, :, None, :]
-        dk[:, t] = np.einsum("bnkv,bnv->bnk", dS, v[:, t])
-        dv[:, t] = np.einsum("bnkv,bnk->bnv", dS, k[:, t])
+        dS += np.multiply(column(q[:, t]), row(do[:, t]), out=product)
+        np.matmul(dS, column(v[:, t]), out=column(dk[:, t]))
+        np.matmul(row(k[:, t]), dS, out=row(dv[:, t]))
         dS *= keep_BTN[:, t, :, None, None]
     return {"out": out, "state": S, "dq": dq, "dk": dk, "dv": dv, "dstate": dS}
 

@@ -78,22 +78,28 @@ def weights(config: ModelConfig, mesh: Mesh, seed: int, dtype: str, quantize: st
     not divide over the mesh.
     """
     specs, params = param_specs(config, dtype), {}
-    shardings = param_shardings(specs, mesh, DECODE)
-    abstract = abstract_params(config, dtype, quantize)
-    for path, spec in specs.items():
-        kind, scale = initial_kind(spec)
-        leaf, key = place(spec, abstract[path], shardings[path]), named_key(seed, path)
+    for path, leaf in shapes(config, mesh, dtype, quantize).items():
+        kind, scale = initial_kind(specs[path])
+        draw_one = partial(values, named_key(seed, path))
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            params[path] = values(key, leaf.shape, leaf.dtype, leaf.sharding, kind, scale)
+            params[path] = draw_one(leaf.shape, leaf.dtype, leaf.sharding, kind, scale)
         else:
             int8, ones = leaf.values, leaf.scale
             params[path] = dataclasses.replace(
-                leaf, values=values(key, int8.shape, jnp.int8, int8.sharding, kind),
-                scale=values(key, ones.shape, jnp.float32, ones.sharding, "ones")
+                leaf, values=draw_one(int8.shape, int8.dtype, int8.sharding, kind),
+                scale=draw_one(ones.shape, ones.dtype, ones.sharding, "ones")
                 * jnp.float32(scale_of(kind, scale)))
         # One at a time: pieces of several in flight would add up.
         jax.block_until_ready(params[path])
     return params
+
+
+def shapes(config: ModelConfig, mesh: Mesh, dtype: str, quantize: str | None) -> dict:
+    """The parameters that `weights` draws, abstract, lying where it has them."""
+    specs = param_specs(config, dtype)
+    shardings = param_shardings(specs, mesh, DECODE)
+    return {path: place(specs[path], leaf, shardings[path])
+            for path, leaf in abstract_params(config, dtype, quantize).items()}
 
 
 def cache_shapes(config: ModelConfig, ops: MeshOps, batch: int, capacity: int, dtype: str) -> Cache:

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -34,6 +35,7 @@ from mmx.bench.timing import Method, Timing, first_sentence, in_turns
 from mmx.bench.whole import Job, describe
 from mmx.config import ModelConfig, preset, preset_names
 from mmx.errors import UserError
+from mmx.obs import log
 from mmx.sharding.mesh import parse_mesh
 
 ROWS = ("sequence", "experts", "lightning")
@@ -51,7 +53,10 @@ def arguments() -> argparse.ArgumentParser:
     add("--model", default="period", choices=preset_names())
     add("--devices", type=int, default=2, help="beside one [%(default)s]")
     add("--dtype", default="", help="bfloat16, or float32 on a CPU")
-    add("--tokens", type=int, default=262144, help="of the prompt [%(default)s]")
+    add("--quantize", default="", choices=("", "int8"),
+        help="weights of sequence and experts, where bfloat16 does not fit one device")
+    add("--tokens", type=int, default=262144,
+        help="of the prompt; 0 for none beside decoding [%(default)s]")
     add("--chunk", type=int, default=16384, help="of a prompt, per device [%(default)s]")
     add("--batch", type=int, default=64, help="rows that decode together [%(default)s]")
     add("--context", type=int, default=1024, help="tokens before decoding [%(default)s]")
@@ -77,6 +82,7 @@ class Bench:
         self.end = begin + asked.seconds
         full = jax.default_backend() != "cpu"
         self.dtype = asked.dtype or ("bfloat16" if full else "float32")
+        self.quantize = asked.quantize or None
         self.config: ModelConfig = preset(asked.model)
         axis = "expert" if asked.row == "experts" else "sequence"
         self.meshes = one_device(), parse_mesh(f"{axis}={asked.devices}")
@@ -130,7 +136,7 @@ class Bench:
         def make(name, timing, ceilings, devices):
             # What was asked is the same; its chunk differs.
             own = next(job for side, job, _, _ in found if side.name == name)
-            return own.row(self.config, self.dtype, None, name, timing, ceilings)
+            return own.row(self.config, self.dtype, self.quantize, name, timing, ceilings)
         self.add(job.operation, make, [
             (side.name, side.mesh.size, timing, facts) for side, _, timing, facts in found])
 
@@ -140,7 +146,7 @@ class Bench:
                 if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats]
 
     def sequence(self) -> None:
-        sides = self.sides(Side)
+        sides = self.sides(Side, quantize=self.quantize)
         jobs = [self.prompt(side.mesh.size) for side in sides]
         programs = together([lambda s=side, j=job: s.compile(j)
                              for side, job in zip(sides, jobs, strict=True)])
@@ -156,12 +162,14 @@ class Bench:
                       for side, job, facts in zip(sides, jobs, told, strict=True)])
 
     def experts(self) -> None:
-        one, many = self.sides(Side)
-        long = Side(self.config, many.mesh, self.dtype, True, self.asked.seed)
+        one, many = self.sides(Side, quantize=self.quantize)
+        long = Side(self.config, many.mesh, self.dtype, True, self.asked.seed, self.quantize)
         decode = Job("decode", self.asked.batch, self.asked.context)
         # Those that share weights, and so a turn, stand together.
-        turns = [[(one, decode), (one, self.prompt(1))],
-                 [(many, decode), (long, self.prompt(many.mesh.size))]]
+        turns = [[(one, decode)], [(many, decode)]]
+        if self.asked.tokens:
+            turns[0].append((one, self.prompt(1)))
+            turns[1].append((long, self.prompt(many.mesh.size)))
         listed = [pair for turn in turns for pair in turn]
         programs = dict(zip(listed, together([lambda p=pair: p[0].compile(p[1])
                                               for pair in listed]), strict=True))
@@ -175,13 +183,14 @@ class Bench:
         finally:
             # An interrupt keeps the turns that were made.
             for pairs in zip(*turns, strict=True):
-                self.add_job([(*pair, pooled(found[pair], pair[1]), {
+                self.add_job([(*pair, pooled(found[pair]), {
                     **programs[pair].facts, "peak_bytes": self.peaks(),
                     **({"variant": "long"} if pair[0].long else {})}) for pair in pairs])
 
     def _turn(self, turn, programs, found) -> None:
         """One side's turn: its weights are drawn, its jobs timed, and all is freed."""
         try:
+            log.note(f"drawing weights for {turn[0][0].name} …")
             params = turn[0][0].weights()
         except Exception as error:
             found.update(dict.fromkeys(turn, first_sentence(error)))
@@ -208,25 +217,41 @@ class Bench:
         tokens, dims = self.asked.lightning_tokens, {"tokens": self.asked.lightning_tokens}
 
         def add(operation, work, rounds, runs):
-            made = {str(side.mesh.size): (lambda s=side: runs(s)) for side in sides}
-            timed = in_turns(made, Method(rounds), time.monotonic, self.end)
+            # What a million tokens take leaves no room for the other side: each has its turns.
+            timed: dict[str, list[float] | str] = {side.name: [] for side in sides}
+            for number in range(TURNS):
+                if number and time.monotonic() > self.end:
+                    break
+                for side in sides:
+                    self._lightning_turn(side.name, -(-rounds // TURNS), partial(runs, side), timed)
 
             def make(name, timing, ceilings, devices):
                 return records.of_work(operation, f"1x{tokens}", dims, self.dtype, name, timing,
                                        work, ceilings, tokens)
             self.add(operation, make, [
-                (f"{side.mesh.size} device{'s, sequence=' if side.mesh.size > 1 else ''}"
-                 f"{side.mesh.size if side.mesh.size > 1 else ''}", side.mesh.size,
-                 timed[str(side.mesh.size)], {"peak_bytes": self.peaks()}) for side in sides])
+                (side.name, side.mesh.size, pooled(timed[side.name]),
+                 {"peak_bytes": self.peaks()}) for side in sides])
             gc.collect()
 
         rounds = self.asked.rounds
+        log.note("timing lightning attention …")
         add("lightning_forward", sides[0].operation_work(tokens), rounds,
             lambda side: side.operation_run(tokens))
+        log.note("timing the lightning layers …")
         # Seconds each, so a few rounds do.
         add("lightning_layers", sides[0].layers_work(tokens), min(rounds, 3),
             lambda side: side.layers_run(
                 tokens, min(self.asked.lightning_chunk * side.mesh.size, tokens)))
+
+    def _lightning_turn(self, name: str, rounds: int, make: Callable, found: dict) -> None:
+        if isinstance(found[name], str):
+            return
+        timing = in_turns({name: make}, Method(rounds), time.monotonic, self.end)[name]
+        gc.collect()
+        if isinstance(timing, str):
+            found[name] = timing
+        else:
+            found[name] += timing.seconds
 
 
 def difference(wanted: Sequence, got: Sequence) -> float | None:
@@ -239,11 +264,12 @@ def difference(wanted: Sequence, got: Sequence) -> float | None:
 
 def together(calls: Sequence[Callable]) -> list:
     """Results of calls that mostly wait for the compiler."""
+    log.note(f"compiling {len(calls)} programs …")
     with ThreadPoolExecutor(len(calls), thread_name_prefix="compile") as pool:
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
-def pooled(seconds: list[float] | str, job: Job) -> Timing | str:
+def pooled(seconds: list[float] | str) -> Timing | str:
     if isinstance(seconds, str):
         return seconds
     return Timing(tuple(seconds), 1) if seconds else "No time was left."

@@ -1,6 +1,7 @@
 """Lightning attention alone over one device or several: the operation, and layers of it."""
 
 from collections.abc import Callable
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ from jax.sharding import Mesh
 from mmx.bench import floors, full_arrays
 from mmx.bench.arrays import named_key
 from mmx.bench.floors import Work
-from mmx.bench.timing import Run
+from mmx.bench.sides import mesh_name
+from mmx.bench.timing import Run, loop, looped
 from mmx.config import LIGHTNING, ModelConfig, deepnorm_beta
 from mmx.model import param_specs
 from mmx.nn.lightning import LightningAttention, decay_slopes
@@ -18,6 +20,9 @@ from mmx.nn.tokens import Tokens
 from mmx.parallel.mesh_ops import MeshOps
 from mmx.parallel.ops import Ops
 from mmx.sharding.rules import LONG, param_shardings
+
+# Of the operation, in one program.
+CALLS = 4
 
 
 class Lightning:
@@ -32,41 +37,50 @@ class Lightning:
         self.layers = [p for p, kind in enumerate(pattern) if kind == LIGHTNING]
 
     @property
+    def name(self) -> str:
+        return mesh_name(self.mesh)
+
+    @property
     def _state_shape(self) -> tuple[int, ...]:
         N, H = self.config.num_heads, self.config.head_dim
         return 1, N, H, H
 
-    def operation(self):
-        """The jitted operation of (q, k, v, state), with the decays of the middle layer."""
+    def operation(self, state, q, k, v):
+        """(state, out) with the decays of the middle layer."""
         slopes_N = jnp.asarray(decay_slopes(self.config)[self.layers[len(self.layers) // 2]])
+        out, state = self.ops.lightning(q, k, v, slopes_N, state, None, None)
+        return state, out
 
-        def run(q, k, v, state):
-            return self.ops.lightning(q, k, v, slopes_N, state, None, None)
-        return jax.jit(run)
+    @cached_property
+    def operation_program(self) -> Callable:
+        """The jitted loop of `operation`: (state, out, q, k, v), the first two given up.
+
+        In a model it is one operation of many: what a host needs to start several devices and to
+        hear that they have ended is no part of it.
+        """
+        return loop(self.operation, CALLS)
 
     def operation_shapes(self, tokens: int) -> tuple:
-        """Its arguments, abstract."""
+        """Arguments of its program, abstract."""
         x = (1, tokens, self.config.num_heads, self.config.head_dim)
         x = jax.ShapeDtypeStruct(x, self.dtype, sharding=self.places.sharding(
             x, "batch", "time", "heads", None))
         state = jax.ShapeDtypeStruct(self._state_shape, jnp.float32, sharding=self.places.sharding(
             self._state_shape, "batch", "heads", None, None))
-        return x, x, x, state
+        return state, x, x, x, x
 
     def operation_run(self, tokens: int) -> Run:
         """The operation on random q, k and v over `tokens`."""
-        *qkv, state = self.operation_shapes(tokens)
+        state, out, *qkv = self.operation_shapes(tokens)
         drawn = [full_arrays.values(named_key(self.seed, name), leaf.shape, leaf.dtype,
                                     leaf.sharding) for name, leaf in zip("qkv", qkv, strict=True)]
-        program = self.operation()
-        drawn.append(jax.device_put(jnp.zeros(state.shape, state.dtype), state.sharding))
+        state, out = (full_arrays.values(named_key(self.seed, name), leaf.shape, leaf.dtype,
+                                         leaf.sharding, "zeros")
+                      for name, leaf in (("state", state), ("out", out)))
+        return looped(self.operation, state, CALLS, *drawn, program=self.operation_program,
+                      out=out)
 
-        def call(count):
-            # Each is waited for: outputs of a million tokens are too large to have several of them.
-            for _ in range(count):
-                jax.block_until_ready(program(*drawn))
-        return Run(call)
-
+    @cached_property
     def layers_program(self) -> Callable:
         """The jitted chain of a period's lightning layers on a chunk: (params, states, x).
 
@@ -93,7 +107,7 @@ class Lightning:
         places = param_shardings(specs, self.mesh, LONG)
         params = {path: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=places[path])
                   for path, spec in specs.items()}
-        *_, state = self.operation_shapes(chunk)
+        state, *_ = self.operation_shapes(chunk)
         x = (1, chunk, self.config.hidden_size)
         return params, [state] * len(self.layers), jax.ShapeDtypeStruct(
             x, self.dtype, sharding=self.places.sharding(x, "batch", "time", None))
@@ -101,7 +115,7 @@ class Lightning:
     def layers_run(self, tokens: int, chunk: int) -> Run:
         """The layers over `tokens` in chunks, states handed on; every chunk is the same input."""
         shapes, states, x = self.layers_shapes(chunk)
-        specs, program = param_specs(self.config, self.dtype), self.layers_program()
+        specs, program = param_specs(self.config, self.dtype), self.layers_program
         params = {}
         for path, leaf in shapes.items():
             kind, scale = initial_kind(specs[path])

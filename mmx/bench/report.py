@@ -46,11 +46,18 @@ def figure(value: float, digits: int = 4) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.{digits}g}"
 
 
+def made(row: Record) -> str:
+    """A comparison's trials: "48", or "12 of 48" where it was stopped."""
+    planned = row.get("planned", row["trials"])  # not in records of before
+    return f"{row['trials']}" + (f" of {planned}" if row["trials"] < planned else "")
+
+
 def check_cells(row: Record) -> list[str]:
     """One row of the comparison with float64."""
-    verdict = "passed" if row["passed"] else f"FAILED: {row['failures'][0]}"
+    verdict = ("passed" if row["passed"] else
+               f"FAILED: {row['failures'][0]}" if row["failures"] else "stopped")
     return [row["operation"].removeprefix("check_"), _SHORT[row["dtype"]], row["implementation"],
-            str(row["trials"]), f"{row['worst']:.2g}", f"{row['limit']:g}", row["where"], verdict]
+            made(row), f"{row['worst']:.2g}", f"{row['limit']:g}", row["where"], verdict]
 
 
 CHECK_COLUMNS = ["checked", "dtype", "implementation", "trials", "worst", "limit", "where",

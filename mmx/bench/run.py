@@ -102,22 +102,36 @@ class _Bench:
             self.jobs = jobs(plan, self.full)
 
     def kernels(self) -> None:
-        from functools import partial
-
         from mmx.bench import check, kernels, peers
 
         plan = self.plan
         peer = peers.fla(self.config, plan.seed) if "fla" in plan.peers else (lambda case: {})
-        work: list[Callable[[], list[dict]]] = []
         if plan.check:
-            work += check.run(self.config, plan.seed, plan.implementations)
-        if plan.method.rounds:
-            work += [partial(kernels.measure, case, plan.implementations, plan.method,
-                             self.ceilings, plan.seed, peer) for case in self.cases]
-        with Progress(len(work), "cases", title="bench") as bar:
-            for piece in work:
-                self.report.add(piece())
+            self._check(check.Comparison(check.trials(self.config, plan.seed, check.LENGTHS),
+                                         plan.implementations))
+        if not plan.method.rounds:
+            return
+        with Progress(len(self.cases), "cases", title="bench") as bar:
+            for case in self.cases:
+                self.report.add(kernels.measure(case, plan.implementations, plan.method,
+                                                self.ceilings, plan.seed, peer))
                 bar.update(1)
+
+    def _check(self, comparison) -> None:
+        """Compares; what was compared before an interrupt or an error is reported as well."""
+        try:
+            with Progress(comparison.total, "comparisons", title="check") as bar:
+                for failures in comparison.run():
+                    for failure in failures:
+                        log.note(f"failed: {failure}")
+                    bar.update(1)
+        except BaseException:
+            rows = comparison.rows()
+            self.report.add(rows)
+            log.note(f"stopped after {sum(row['trials'] for row in rows)} of {comparison.total} "
+                     f"comparisons\n\n{self.report.text()}")
+            raise
+        self.report.add(comparison.rows())
 
     def whole(self) -> None:
         from mmx.bench import whole

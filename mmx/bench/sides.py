@@ -20,7 +20,7 @@ from mmx.config import ModelConfig
 from mmx.engine.steps import Steps
 from mmx.parallel.mesh_ops import MeshOps
 from mmx.plan import programs
-from mmx.sharding.rules import DECODE, LONG, param_shardings
+from mmx.sharding.rules import DECODE, LONG
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,14 @@ class Program:
     logits: list[jax.Array] = dataclasses.field(default_factory=list)
 
 
+def mesh_name(mesh: Mesh) -> str:
+    """As in "1 device" or "2 devices, sequence=2"."""
+    if mesh.size == 1:
+        return "1 device"
+    axes = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+    return f"{mesh.size} devices, {axes}"
+
+
 class Side:
     """A geometry on a mesh; on a mesh of one device, the engine without one.
 
@@ -41,24 +49,18 @@ class Side:
     """
 
     def __init__(self, config: ModelConfig, mesh: Mesh, dtype: str, long: bool = False,
-                 seed: int = 0):
+                 seed: int = 0, quantize: str | None = None):
         self.config, self.mesh, self.dtype, self.seed = config, mesh, dtype, seed
+        self.quantize = quantize
         self.whole = NamedSharding(mesh, PartitionSpec())
         self.many = mesh.size > 1
         self.ops = MeshOps(mesh, LONG if long else DECODE)
         self.long = long
-        specs = model.param_specs(config, dtype)
-        places = param_shardings(specs, mesh, DECODE)
-        self.shapes = {path: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=places[path])
-                       for path, spec in specs.items()}
+        self.shapes = full_arrays.shapes(config, mesh, dtype, quantize)
 
     @property
     def name(self) -> str:
-        """As in "1 device" or "2 devices, sequence=2"."""
-        if not self.many:
-            return "1 device"
-        mesh = ",".join(f"{name}={size}" for name, size in self.mesh.shape.items())
-        return f"{self.mesh.size} devices, {mesh}"
+        return mesh_name(self.mesh)
 
     @property
     def weight_bytes(self) -> int:
@@ -67,14 +69,15 @@ class Side:
 
     def weights(self) -> dict:
         """Random parameters where this side has them."""
-        return full_arrays.weights(self.config, self.mesh, self.seed, self.dtype, None)
+        return full_arrays.weights(self.config, self.mesh, self.seed, self.dtype, self.quantize)
 
     def own_part(self, params: Mapping) -> dict:
         """On one device, what it holds of parameters that every device of a mesh has whole."""
         (device,) = self.mesh.devices.flat
-        return {path: jax.make_array_from_single_device_arrays(leaf.shape, self.whole, [
-            next(part.data for part in leaf.addressable_shards if part.device == device)])
-            for path, leaf in params.items()}
+        return jax.tree.map(
+            lambda leaf: jax.make_array_from_single_device_arrays(leaf.shape, self.whole, [
+                next(part.data for part in leaf.addressable_shards if part.device == device)]),
+            dict(params))
 
     def compile(self, job: Job) -> Program:
         """Compiles the program of a job from shapes alone."""

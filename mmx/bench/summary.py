@@ -38,13 +38,14 @@ def summary(folder: Path) -> str:
         return f"There is no result under {folder}."
     checks = [row for row in rows if "passed" in row]
     failed = [f"{row['operation'].removeprefix('check_')} {row['implementation']} {row['dtype']}"
+              + ("" if row["failures"] else f" (stopped: {report.made(row)})")
               for row in checks if not row["passed"]]
     lines = [f"{rows[0]['device']['kind']}, commit {rows[0]['commit'][:12]}; the quickest of each:",
              "", report.table(best([row for row in rows if row["bench"] == "kernels"])),
              "", report.table(best([row for row in rows if row["bench"] != "kernels"]))]
     if checks:
         lines += ["", f"compared with float64: {len(checks) - len(failed)} of {len(checks)} passed"
-                  + (f"; failed: {', '.join(failed)}" if failed else "")]
+                  + (f"; not passed: {', '.join(failed)}" if failed else "")]
     return "\n".join(lines).replace("\n\n\n", "\n\n").rstrip("\n")
 
 

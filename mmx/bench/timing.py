@@ -143,20 +143,27 @@ def loop(step: Callable, steps: int) -> Callable:
     return program
 
 
-def looped(step: Callable, carry: Any, steps: int, *args: Any, program: Callable | None = None
-           ) -> Run:
+def looped(step: Callable, carry: Any, steps: int, *args: Any, program: Callable | None = None,
+           out: Any = None) -> Run:
     """A jitted loop of `steps` calls of `step(carry, *args)`, whose carry stays where it lies.
 
     For steps shorter than a dispatch. `step` returns (carry, out); out is kept, so that nothing of
-    it is left out. `program` is `loop(step, steps)`, where it is there already.
+    it is left out. `program` is `loop(step, steps)`, where it is there already; `out` is memory for
+    that, laid out as over a mesh.
     """
-    out = jax.eval_shape(lambda carry, *args: step(carry, *args)[1], carry, *args)
+    if out is None:
+        shapes = jax.eval_shape(lambda carry, *args: step(carry, *args)[1], carry, *args)
+        out = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes)
     program = program or loop(step, steps)
-    held = [(carry, jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), out))]
+    held = [(carry, out)]
+    del carry, out
+    each = jax.default_backend() == "cpu"
 
     def call(count):
         for _ in range(count):
             held[0] = program(*held[0], *args)
+            if each:
+                jax.block_until_ready(held[0])
         jax.block_until_ready(held[0])
 
     return Run(call, steps)

@@ -62,8 +62,9 @@ def lightning(mesh) -> dict:
     made = Lightning(preset(ASKED.model), mesh, "bfloat16")
     return {f"lightning {name} {mesh.size}": described(program.lower(*shapes).compile())
             for name, program, shapes in (
-                ("operation", made.operation(), made.operation_shapes(ASKED.lightning_tokens)),
-                ("layers", made.layers_program(),
+                ("operation", made.operation_program,
+                 made.operation_shapes(ASKED.lightning_tokens)),
+                ("layers", made.layers_program,
                  made.layers_shapes(ASKED.lightning_chunk * mesh.size)))}
 
 

@@ -15,12 +15,12 @@ WORDS = ["--model=nano", "--tokens=128", "--chunk=32", "--batch=4", "--context=6
          "--lightning_tokens=256", "--lightning_chunk=64", "--rounds=2", "--seconds=60"]
 
 
-def measured(folder, *rows):
+def measured(folder, *rows, words=()):
     """Records of rows that were run one after another in one process of two devices."""
     code = f"""import sys
 from mmx.bench import pods
 for row in {rows!r}:
-    if pods.main([row, *{WORDS!r}, "--output={folder}/" + row]):
+    if pods.main([row, *{[*WORDS, *words]!r}, "--output={folder}/" + row]):
         sys.exit(row)
 """
     done = subprocess.run(
@@ -59,8 +59,11 @@ def test_sequence_and_lightning_on_two_simulated_devices(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.multidevice
-def test_experts_on_two_simulated_devices(tmp_path):
-    found = check(measured(tmp_path, "experts"), ["decode", "prefill"])
+@pytest.mark.parametrize("quantize", ["", "int8"])
+def test_experts_on_two_simulated_devices(quantize, tmp_path):
+    rows = measured(tmp_path, "experts", words=[f"--quantize={quantize}"])
+    found = check(rows, ["decode", "prefill"])
+    assert found["decode", 2]["dtype"] == ("float32/int8" if quantize else "float32")
     # Half of the rounds in each of two turns.
     assert len(found["decode", 2]["samples_ms"]) == 2 and found["decode", 2]["must_reach"] == 1.6
     assert "must_reach" not in found["prefill", 2]
@@ -97,8 +100,8 @@ def test_too_few_devices_is_a_sentence(capsys):
 
 
 def test_what_could_not_be_timed_is_said():
-    assert pods.pooled([], None) == "No time was left."
-    assert pods.pooled("Failed.", None) == "Failed."
+    assert pods.pooled([]) == "No time was left."
+    assert pods.pooled("Failed.") == "Failed."
     assert pods.difference([], [[1.0]]) is None
 
 

@@ -85,6 +85,9 @@ def test_comparisons_have_a_table_of_their_own():
     bad = {**check, "passed": False, "failures": ["T=1, out: error nan"], "dtype": "bfloat16"}
     text = report.table([check, bad, ROWS[0]])
     assert "FAILED: T=1, out: error nan" in text and text.count("\n\n") == 1
+    stopped = {**check, "passed": False, "planned": 7}
+    line = report.table([stopped]).splitlines()[1]
+    assert "3 of 7" in line and line.endswith("stopped") and "passed" not in line
     assert "| attention | f32 | xla | 3 | 2e-07 | 1e-05 | T=1, out | passed |" in report.markdown(
         FACTS, [check, bad, ROWS[0]])
 

@@ -1,8 +1,10 @@
 """The verb on this CPU at tiny shapes, in this process: complete records, files, and refusals."""
 
+import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 
@@ -102,7 +104,6 @@ def test_decode(bench):
 
 def test_check_alone(bench, monkeypatch):
     monkeypatch.setattr("mmx.bench.check.LENGTHS", (1,))
-    monkeypatch.setattr("mmx.bench.check.run.__defaults__", ((1,),))
     code, out, _ = bench("kernels", "--check", "--rounds=0", "--implementation=xla,tiled", "--json")
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and all(one["passed"] for one in rows[2:])
@@ -111,6 +112,28 @@ def test_check_alone(bench, monkeypatch):
     monkeypatch.setattr("mmx.bench.check.LIMITS", {"float32": 1e-12})
     code, out, _ = bench("kernels", "--check", "--rounds=0", "--implementation=tiled")
     assert code == 1 and "FAILED" in out
+
+
+def test_an_interrupted_check_reports_what_it_compared(bench, monkeypatch, tmp_path):
+    from mmx.bench import check
+
+    monkeypatch.setattr(check, "LENGTHS", (1, 65))
+    judge, calls = check.norm_ratio, itertools.count()
+
+    def interrupted(*args):
+        if next(calls) == 12:  # two results of lightning attention at 1 token are whole
+            signal.raise_signal(signal.SIGINT)
+        return judge(*args)
+
+    monkeypatch.setattr(check, "norm_ratio", interrupted)
+    code, out, err = bench("kernels", "--check", "--rounds=0", "--implementation=xla",
+                           f"--output={tmp_path}")
+    assert code == 130 and not out
+    assert "stopped after 2 of 32 comparisons" in err and "2 of 12" in err
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()][2:]
+    assert [(one["trials"], one["planned"]) for one in rows] == [
+        (2, 12), (0, 12), (0, 4), (0, 4)]
+    assert not any(one["passed"] or one["failures"] for one in rows)
 
 
 def test_a_failing_implementation_has_a_row_and_the_run_goes_on(bench, monkeypatch):
