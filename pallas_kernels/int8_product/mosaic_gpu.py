@@ -92,9 +92,8 @@ def product(x_MK, w_LPENK, scale_LPEN, index_1, matrix_B, count_1, *, rows, swig
     tiles = M // rows * (N // W)
     splits = config.splits or splits_of(tiles, K // STEP)
     steps = K // STEP // splits
-    # Two blocks share the 227 KiB of a multiprocessor.
     one = STEP * (P * W + 2 * rows)
-    stages = min(steps, config.stages or max(2, 104 * 1024 // one))
+    stages = min(steps, config.stages or max(2, _shared_memory(tiles * splits) // one))
     fused = swiglu and splits == 1
     bf16, f32, int8 = jnp.bfloat16, jnp.float32, jnp.int8
     parts_2MK, peak_M = two_parts(x_MK)
@@ -198,6 +197,12 @@ def product(x_MK, w_LPENK, scale_LPEN, index_1, matrix_B, count_1, *, rows, swig
         return y
     y = jnp.sum(y, axis=0)
     return (jax.nn.silu(y[0]) * y[1]).astype(bf16) if swiglu else y
+
+
+def _shared_memory(blocks: int) -> int:
+    """Bytes for a block's ring: two blocks share the 227 KiB of a multiprocessor, or three where
+    then all of them run at once."""
+    return 104 * 1024 if not 2 < blocks / _MULTIPROCESSORS <= 3 else 73 * 1024
 
 
 def splits_of(tiles: int, steps: int) -> int:
