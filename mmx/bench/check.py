@@ -125,12 +125,18 @@ def _compiled(make: Callable, name: str, args: tuple, pool: ThreadPoolExecutor, 
             lowered = make(None if name == kernels.AUTO else name).lower(*args)
             text = lowered.as_text()
             if text not in programs:
-                programs[text] = pool.submit(lowered.compile)
+                programs[text] = pool.submit(lowered.compile, _compiler_options())
             programs[key] = programs[text]
         except Exception as error:
             programs[key] = Future()
             programs[key].set_exception(error)
     return programs[key]
+
+
+def _compiler_options() -> dict[str, int] | None:
+    """Without trying out which product is fastest: on a GPU that takes longer than all the rest,
+    one program at a time."""
+    return {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else None
 
 
 def _failures(row: dict, what: str, program: Future, args: tuple, expected: dict
