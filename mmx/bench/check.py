@@ -125,7 +125,7 @@ def _compiled(make: Callable, name: str, args: tuple, pool: ThreadPoolExecutor, 
             lowered = make(None if name == kernels.AUTO else name).lower(*args)
             text = lowered.as_text()
             if text not in programs:
-                programs[text] = pool.submit(lowered.compile, _compiler_options())
+                programs[text] = pool.submit(lowered.compile, **_options())
             programs[key] = programs[text]
         except Exception as error:
             programs[key] = Future()
@@ -133,10 +133,11 @@ def _compiled(make: Callable, name: str, args: tuple, pool: ThreadPoolExecutor, 
     return programs[key]
 
 
-def _compiler_options() -> dict[str, int] | None:
+def _options() -> dict[str, Any]:
     """Without trying out which product is fastest: on a GPU that takes longer than all the rest,
     one program at a time."""
-    return {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else None
+    return ({"compiler_options": {"xla_gpu_autotune_level": 0}}
+            if jax.default_backend() == "gpu" else {})
 
 
 def _failures(row: dict, what: str, program: Future, args: tuple, expected: dict
