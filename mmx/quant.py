@@ -68,8 +68,8 @@ def quantize(x: jax.Array, axes: tuple[int, ...]) -> QuantizedTensor:
 def quantize_params(params: Mapping) -> dict:
     """Returns `params` with every matrix that the rules name as an int8 QuantizedTensor."""
     return {path: quantize(x, axes)
-            if (axes := contracted_axes(path)) and isinstance(x, jax.Array) else x
-            for path, x in params.items()}
+            if (axes := contracted_axes(path)) and not isinstance(x, QuantizedTensor | TurnedTensor)
+            else x for path, x in params.items()}
 
 
 def turns(spec: ParamSpec, sharding=None, turned: bool | None = None) -> bool:

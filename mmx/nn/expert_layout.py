@@ -19,10 +19,14 @@ def narrow(gate_up, E: int, F: int):
     return gate_up.values.reshape(-1, E, 2, F).transpose(2, 1, 0, 3)
 
 
+def is_turned(weight) -> bool:
+    """Whether the weight is a turned leaf, or a place in a stack of such."""
+    return isinstance(weight.whole if isinstance(weight, Stacked) else weight, TurnedTensor)
+
+
 def plain(weight):
     """Returns the weight; a turned leaf turned back, and cut out of its stack."""
-    own = weight.whole if isinstance(weight, Stacked) else weight
-    return cut(weight).plain() if isinstance(own, TurnedTensor) else weight
+    return cut(weight).plain() if is_turned(weight) else weight
 
 
 def merged(gate_up):

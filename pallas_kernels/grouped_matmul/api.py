@@ -125,12 +125,14 @@ def grouped_matmul(
         return run(x_MD, w_EDF, group_sizes_E)
     if w_EDF.dtype == jnp.int8:
         x_MD, w_EDF = _in_turn(x_MD, w_EDF)
-        return _by_cast(run, x_MD, cut(w_EDF), group_sizes_E)
+        return _scaled(*_by_cast(run, x_MD, cut(w_EDF), group_sizes_E), group_sizes_E, x_MD.dtype)
     return run(x_MD, cut(w_EDF), group_sizes_E).astype(x_MD.dtype)
 
 
 def _by_cast(run, x_MD, weight, group_sizes_E):
-    """The product by an int8 leaf, whose values are cast in main memory, as they lie if `run` can.
+    """The product by an int8 leaf's values, and the scales [E, F] that it still lacks.
+
+    The values are cast in main memory, turned ones as they lie if `run` can.
     """
     turned = isinstance(weight, TurnedTensor)
     if turned and run is _hopper:
@@ -140,19 +142,24 @@ def _by_cast(run, x_MD, weight, group_sizes_E):
     else:
         weight = weight.plain() if turned else weight
         scale_EF = weight.scale[:, 0]
-    out_MF = run(x_MD, weight.values.astype(x_MD.dtype), group_sizes_E)
-    group_M = xla.group_of_row(group_sizes_E, x_MD.shape[0])
-    return (out_MF * jnp.take(scale_EF, group_M, axis=0)).astype(x_MD.dtype)
+    return run(x_MD, weight.values.astype(x_MD.dtype), group_sizes_E), scale_EF
 
 
-def _in_turn(x_MD, weight):
-    """Lets a cast of the weight wait for x, without which XLA casts those of several layers ahead:
-    20 GiB for a long prompt's chunk on 4 H200s.
+def _scaled(out_MF, scale_EF, group_sizes_E, dtype):
+    group_M = xla.group_of_row(group_sizes_E, out_MF.shape[0])
+    return (out_MF * jnp.take(scale_EF, group_M, axis=0)).astype(dtype)
+
+
+def _in_turn(before, weight):
+    """Lets a cast of the weight wait for what is `before` it.
+
+    Without that XLA casts those of several layers ahead: 20 GiB for a long prompt's chunk on 4
+    H200s.
     """
     if isinstance(weight, Stacked):
-        x_MD, index = jax.lax.optimization_barrier((x_MD, weight.index))
-        return x_MD, Stacked(weight.whole, index)
-    return jax.lax.optimization_barrier((x_MD, weight))
+        before, index = jax.lax.optimization_barrier((before, weight.index))
+        return before, Stacked(weight.whole, index)
+    return jax.lax.optimization_barrier((before, weight))
 
 
 def grouped_swiglu(
@@ -201,6 +208,7 @@ def grouped_swiglu(
         gate = _by_cast(_hopper, x_MD, half(0), group_sizes_E)
         gate, w_2EDF = _in_turn(gate, w_2EDF)
         up = _by_cast(_hopper, x_MD, half(1), group_sizes_E)
+        gate, up = (_scaled(*one, group_sizes_E, x_MD.dtype) for one in (gate, up))
     else:
         gate, up = (grouped_matmul(x_MD, half(c), group_sizes_E, implementation=implementation)
                     for c in range(2))

@@ -33,9 +33,10 @@ def lightning_decode(
     if dispatch.platform() == "cpu":
         out_BNH = jnp.einsum("bnh,bnhg->bng", q_BNH, state_BNHH, precision="highest")
     else:
-        # A sum of products, not a matrix product: fused with the update, the state moves once. Laid
-        # as it came: XLA may lay q, k and v otherwise, and transpose all states in front of a scan.
-        state_BNHH = with_layout_constraint(state_BNHH, Layout((0, 1, 2, 3)))
+        if dispatch.platform() == "gpu":
+            # XLA may lay q, k and v otherwise, and transposed all states before and after a scan.
+            state_BNHH = with_layout_constraint(state_BNHH, Layout((0, 1, 2, 3)))
+        # A sum of products, not a matrix product: fused with the update, the state moves once.
         out_BNH = jnp.sum(q_BNH[..., :, None] * state_BNHH, axis=-2)
     return out_BNH[:, None].astype(q_B1NH.dtype), state_BNHH
 

@@ -188,3 +188,24 @@ def test_a_model_of_turned_weights_gives_the_same_logits():
     ids = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (2, 9)), jnp.int32)
     got, want = (model.forward(config, p, ids)[0] for p in (turned, params))
     assert_close(got, want, "split")
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["alone", "in a stack"])
+@pytest.mark.parametrize("name", ["sliced", "gather", "dense", "grouped", "tiled", "filled"])
+def test_every_form_of_experts_takes_turned_weights(name, stacked):
+    from mmx.nn import experts
+
+    rng = np.random.default_rng(0)
+    E, D, F, T = 4, 16, 24, 6
+    leaves = weight((2, 2, E, D, F), (3,)), weight((2, E, F, D), (2,), seed=1)
+    g = jnp.asarray(rng.standard_normal((T, D)), jnp.float32)
+    share = jnp.asarray(rng.dirichlet(np.ones(2), T), jnp.float32)
+    expert = jnp.asarray([rng.permutation(E)[:2] for _ in range(T)], jnp.int32)
+
+    def run(leaves):
+        given = [Stacked(leaf, jnp.int32(1)) for leaf in leaves]
+        return experts.apply(name, True, g, share, expert, *(
+            given if stacked else map(cut, given)))
+
+    turned = [TurnedTensor.of(leaf, (axis,)) for leaf, axis in zip(leaves, (3, 2), strict=True)]
+    assert (np.asarray(run(turned)) == np.asarray(run(leaves))).all()
