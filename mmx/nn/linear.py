@@ -59,6 +59,10 @@ def _by_turned(x, weight, out_dtype, activation):
     """As `project`: all of a turned weight's inner axes end x, and are summed over."""
     own = weight.whole if isinstance(weight, Stacked) else weight
     rows = x.shape[: x.ndim - len(own.inner)]
+    if len(own.inner) > 1:
+        # Heads end in norm and gate: left to XLA, each reader of the rows would make them anew out
+        # of the gate's columns (one token on an H200: 20 us of a layer's 300).
+        x = jax.lax.optimization_barrier(x)
     out = int8_product(x.reshape(-1, math.prod(own.inner)), weight)
     out = out.reshape(*rows, *own.outer).astype(out_dtype or x.dtype)
     return out if activation is None else activation(out)

@@ -17,15 +17,6 @@ def refusal(g_TD, gate_up) -> str | None:
     return mosaic_gpu.refusal(g_TD.dtype, *gate_up.shape[-2:])
 
 
-def measured(blocks: int, width: int) -> mosaic_gpu.Config:
-    """Settings measured on an H200: narrow tiles, but for so few that sums are split anyway.
-
-    One token of the released widths: 122 us; 16: 951; 64: 1,367 (1,132 and 1,673 with casts).
-    """
-    few = mosaic_gpu.splits_of(blocks * (width // 128), 2) > 1
-    return mosaic_gpu.Config(stages=2) if few else mosaic_gpu.Config(columns=64)
-
-
 def hit_experts(g_TD, weight_Tk, expert_Tk, gate_up, down, *, config=None, interpret=False):
     """As the public function; raises ValueError for a dtype or width that it does not take."""
     if sentence := refusal(g_TD, gate_up):
@@ -33,7 +24,6 @@ def hit_experts(g_TD, weight_Tk, expert_Tk, gate_up, down, *, config=None, inter
     E = down.shape[0]
     rows = (config and config.rows) or rows_of_block(expert_Tk.size, E)
     slot_M, source, (matrices, count_1) = layout(expert_Tk, E, rows)
-    config = config or measured(len(matrices), gate_up.shape[-1])
     up_values, up_scale, index_1 = stack(gate_up)
     down_values, down_scale, _ = stack(down)
     call = functools.partial(mosaic_gpu.product, index_1=index_1, matrix_B=matrices,

@@ -13,7 +13,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmx.quant import contracted_axes, quantize, turn
 from pallas_kernels import tuning
-from pallas_kernels.experts import hit_int8_mosaic_gpu
 from pallas_kernels.grouped_matmul.stacked import Stacked, cut
 from pallas_kernels.int8_product.api import int8_product
 from pallas_kernels.int8_product.mosaic_gpu import MOST, two_parts
@@ -141,13 +140,6 @@ def test_a_part_of_a_leaf_knows_its_own_sizes():
     assert part.shape == (3, 2, 6, 4, 2)
     assert (part.plain().values == plain.values[:, :2, :, :4]).all()
     assert (part.plain().scale == plain.scale[:, :, :, :4]).all()
-
-
-@pytest.mark.parametrize("blocks, width, splits", [(2, 9216, True), (3, 9216, False),
-                                                   (3, 1152, True), (38, 1152, False)])
-def test_experts_tiles_are_wide_only_where_sums_are_split(blocks, width, splits):
-    config = hit_int8_mosaic_gpu.measured(blocks, width)
-    assert (config.stages, config.columns) == ((2, None) if splits else (None, 64))
 
 
 work = partial(hopper.work, "int8_product_worker")
