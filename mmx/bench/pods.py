@@ -3,8 +3,9 @@
 ROW is one of
   sequence   prefill of a long prompt, time over all devices, which each hold all weights; both
              sides are resident and share the weights of the first device
-  experts    decode steps and the same prompt, experts over all devices (in the prefill time, too);
-             the sides' weights do not fit together, so each is drawn anew for each of its turns
+  experts    decode steps, experts over all devices; the sides' weights do not fit together, so each
+             is drawn anew for each of its turns
+  long       the prompt again in the regime `long`: experts over all devices, and time, too
   lightning  lightning attention without experts, time over all devices: the operation, and a
              period's lightning layers with their projections
 
@@ -30,7 +31,7 @@ from mmx.bench import ceilings as rates
 from mmx.bench import records, report
 from mmx.bench.floors import Ceilings
 from mmx.bench.pods_lightning import Lightning
-from mmx.bench.sides import Side
+from mmx.bench.sides import Program, Side
 from mmx.bench.timing import Method, Timing, first_sentence, in_turns
 from mmx.bench.whole import Job, describe
 from mmx.config import ModelConfig, preset, preset_names
@@ -38,7 +39,7 @@ from mmx.errors import UserError
 from mmx.obs import log
 from mmx.sharding.mesh import parse_mesh
 
-ROWS = ("sequence", "experts", "lightning")
+ROWS = ("sequence", "experts", "long", "lightning")
 TURNS = 2
 # Operation of a row -> how many times as fast two devices must be, and should be.
 BARS = {"prefill": (1.85, 1.95), "lightning_forward": (1.9, None), "lightning_layers": (1.9, None),
@@ -55,8 +56,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--dtype", default="", help="bfloat16, or float32 on a CPU")
     add("--quantize", default="", choices=("", "int8"),
         help="weights of sequence and experts, where bfloat16 does not fit one device")
-    add("--tokens", type=int, default=262144,
-        help="of the prompt; 0 for none beside decoding [%(default)s]")
+    add("--tokens", type=int, default=262144, help="of the prompt [%(default)s]")
     add("--chunk", type=int, default=16384, help="of a prompt, per device [%(default)s]")
     add("--batch", type=int, default=64, help="rows that decode together [%(default)s]")
     add("--context", type=int, default=1024, help="tokens before decoding [%(default)s]")
@@ -84,7 +84,7 @@ class Bench:
         self.dtype = asked.dtype or ("bfloat16" if full else "float32")
         self.quantize = asked.quantize or None
         self.config: ModelConfig = preset(asked.model)
-        axis = "expert" if asked.row == "experts" else "sequence"
+        axis = "expert" if asked.row in ("experts", "long") else "sequence"
         self.meshes = one_device(), parse_mesh(f"{axis}={asked.devices}")
         method = Method(rounds=3)
         self.one, rows = rates.measure(full, self.dtype, method, asked.seed)
@@ -112,8 +112,8 @@ class Bench:
                    min(self.asked.chunk * devices, self.asked.tokens))
 
     def run(self) -> None:
-        {"sequence": self.sequence, "experts": self.experts, "lightning": self.lightning}[
-            self.asked.row]()
+        {"sequence": self.sequence, "experts": self.experts, "long": self.long,
+         "lightning": self.lightning}[self.asked.row]()
 
     def add(self, operation: str, make_row: Callable, found: Sequence[tuple[str, int, Timing | str,
                                                                           Mapping]]) -> None:
@@ -162,55 +162,50 @@ class Bench:
                       for side, job, facts in zip(sides, jobs, told, strict=True)])
 
     def experts(self) -> None:
-        one, many = self.sides(Side, quantize=self.quantize)
-        long = Side(self.config, many.mesh, self.dtype, True, self.asked.seed, self.quantize)
         decode = Job("decode", self.asked.batch, self.asked.context)
-        # Those that share weights, and so a turn, stand together.
-        turns = [[(one, decode)], [(many, decode)]]
-        if self.asked.tokens:
-            turns[0].append((one, self.prompt(1)))
-            turns[1].append((long, self.prompt(many.mesh.size)))
-        listed = [pair for turn in turns for pair in turn]
-        programs = dict(zip(listed, together([lambda p=pair: p[0].compile(p[1])
-                                              for pair in listed]), strict=True))
-        found: dict[tuple, list[float] | str] = {pair: [] for pair in listed}
+        self._in_own_turns([(side, decode) for side in self.sides(Side, quantize=self.quantize)])
+
+    def long(self) -> None:
+        one, many = (Side(self.config, mesh, self.dtype, mesh.size > 1, self.asked.seed,
+                          self.quantize) for mesh in self.meshes)
+        self._in_own_turns([(side, self.prompt(side.mesh.size)) for side in (one, many)],
+                           variant="long")
+
+    def _in_own_turns(self, pairs: Sequence[tuple[Side, Job]], **many_facts) -> None:
+        """Times each side's job, its weights drawn anew for each of its turns."""
+        programs = dict(zip(pairs, together([lambda p=pair: p[0].compile(p[1])
+                                             for pair in pairs]), strict=True))
+        found: dict[tuple, list[float] | str] = {pair: [] for pair in pairs}
         try:
             for number in range(TURNS):
                 if number and time.monotonic() > self.end:
                     break
-                for turn in turns:
-                    self._turn(turn, programs, found)
+                for pair in pairs:
+                    self._turn(pair, programs[pair], found)
         finally:
             # An interrupt keeps the turns that were made.
-            for pairs in zip(*turns, strict=True):
-                self.add_job([(*pair, pooled(found[pair]), {
-                    **programs[pair].facts, "peak_bytes": self.peaks(),
-                    **({"variant": "long"} if pair[0].long else {})}) for pair in pairs])
+            self.add_job([(*pair, pooled(found[pair]), {
+                **programs[pair].facts, "peak_bytes": self.peaks(),
+                **(many_facts if pair[0].mesh.size > 1 else {})}) for pair in pairs])
 
-    def _turn(self, turn, programs, found) -> None:
-        """One side's turn: its weights are drawn, its jobs timed, and all is freed."""
-        try:
-            log.note(f"drawing weights for {turn[0][0].name} …")
-            params = turn[0][0].weights()
-        except Exception as error:
-            found.update(dict.fromkeys(turn, first_sentence(error)))
+    def _turn(self, pair: tuple[Side, Job], program: Program, found: dict) -> None:
+        """One side's turn: its weights are drawn, its job timed, and all is freed."""
+        if isinstance(found[pair], str):
             return
-        for pair in turn:
-            if isinstance(found[pair], str):
-                continue
-            try:
-                run = programs[pair].bind(params)
+        try:
+            log.note(f"drawing weights for {pair[0].name} …")
+            run = program.bind(pair[0].weights())
+            run.call(1)
+            for count in range(-(-self.asked.rounds // TURNS)):
+                if count and time.monotonic() > self.end:
+                    break
+                begin = time.perf_counter()
                 run.call(1)
-                for count in range(-(-self.asked.rounds // TURNS)):
-                    if count and time.monotonic() > self.end:
-                        break
-                    begin = time.perf_counter()
-                    run.call(1)
-                    found[pair].append((time.perf_counter() - begin) / run.steps)
-            except Exception as error:
-                found[pair] = first_sentence(error)
-            run = None
-            gc.collect()
+                found[pair].append((time.perf_counter() - begin) / run.steps)
+        except Exception as error:
+            found[pair] = first_sentence(error)
+        run = None
+        gc.collect()
 
     def lightning(self) -> None:
         sides = self.sides(Lightning)

@@ -61,7 +61,7 @@ def test_sequence_and_lightning_on_two_simulated_devices(tmp_path):
 @pytest.mark.multidevice
 @pytest.mark.parametrize("quantize", ["", "int8"])
 def test_experts_on_two_simulated_devices(quantize, tmp_path):
-    rows = measured(tmp_path, "experts", words=[f"--quantize={quantize}"])
+    rows = measured(tmp_path, "experts", "long", words=[f"--quantize={quantize}"])
     found = check(rows, ["decode", "prefill"])
     assert found["decode", 2]["dtype"] == ("float32/int8" if quantize else "float32")
     # Half of the rounds in each of two turns.
