@@ -110,9 +110,10 @@ def test_script_prints_what_it_would_run():
     assert code == 0 and not err and "--dry-run" in out
     code, out, err = launch(SCRIPT, "--dry-run", *example(SCRIPT))
     shown = commands(out)
-    assert code == 0 and not err and len(shown) == 8
-    assert [one[one.index("-m") + 2] for one in shown[:3]] == list(pods.ROWS)
-    limits = [int(one[one.index("--kill-after=10") + 1]) for one in shown[:7]]
+    assert code == 0 and not err and len(shown) == 9
+    rows = [one[one.index("-m") + 2] for one in shown[:3] + shown[7:8]]
+    assert sorted(rows) == sorted(pods.ROWS) and rows[-1] == "long"
+    limits = [int(one[one.index("--kill-after=10") + 1]) for one in shown[:8]]
     assert 150 <= limits[0] <= 161 and limits[-1] <= 509
     # A row begins nothing more in the last fifth of its time.
     assert f"--seconds={limits[0] * 8 // 10}" in shown[0]
@@ -139,8 +140,9 @@ def test_a_failure_does_not_end_the_rest_and_words_are_handed_on(tmp_path):
     code, _, err = launch(SCRIPT, f"--output={tmp_path}", "--", "--rounds=2", path=tools, env={
         "MMX_PYTHON": str(tools / "python"), "NO_STDIN": "1", "JAX_PLATFORMS": "cpu"})
     ran = [words for words, _ in calls(tools) if words[1] != "-c"]
-    assert code == 7 and "experts ended with code 7" in err and len(ran) == 8
-    assert [("--rounds=2" in words) for words in ran] == [True] * 3 + [False] * 5
+    assert code == 7 and "experts ended with code 7" in err and len(ran) == 9
+    handed_on = [("--rounds=2" in words) for words in ran]
+    assert handed_on == [True] * 3 + [False] * 4 + [True, False]
     assert ran[-1][1:] == ["-m", "mmx.bench.pods_table", str(tmp_path)]
 
 
