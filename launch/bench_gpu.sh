@@ -78,7 +78,7 @@ case ,$peers, in *,fla,*) kernels+=(--peers=fla) ;; esac
 case ,$peers, in *,transformers,*) whole+=(--peers=transformers) ;; esac
 stage check 35 kernels --check --rounds=0
 stage kernels 60 kernels ${kernels[@]+"${kernels[@]}"}
-stage context 50 kernels --what=context ${kernels[@]+"${kernels[@]}"}
+stage context 50 kernels --what=context,context_layers ${kernels[@]+"${kernels[@]}"}
 stage period 50 period ${whole[@]+"${whole[@]}"}
 stage decode 60 decode ${whole[@]+"${whole[@]}"}
 stage period_int8 60 period --quantize=int8

@@ -11,6 +11,8 @@ import numpy as np
 
 from mmx.bench import arrays, floors
 from mmx.bench.floors import Work
+from mmx.bench.pods_lightning import Lightning
+from mmx.bench.sides import one_device
 from mmx.bench.timing import Run, dispatched, looped
 from mmx.config import ModelConfig
 from mmx.nn.lightning import decay_slopes
@@ -28,6 +30,7 @@ class Case:
 
     `prepare(seed)` draws the inputs and returns a function from the name of an implementation (None
     is the automatic choice) to what is timed. `op` is the function of `pallas_kernels` beneath.
+    `own_choice`: it stands inside a model, which chooses.
     """
 
     operation: str
@@ -38,6 +41,7 @@ class Case:
     work: Work
     prepare: Callable[[int], Callable[[str | None], Run]]
     also_unpacked: bool = False
+    own_choice: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Sizes:
     attention: Sequence[tuple[int, int]]         # batch, tokens
     attention_step: Sequence[tuple[int, int]]    # batch, context
     context: Sequence[int]                       # tokens
+    chunk: int                                   # of a context, in layers
 
 
 FULL = Sizes(
@@ -59,11 +64,11 @@ FULL = Sizes(
     train=((1, 8192), (8, 8192), (1, 131072)), packed=((64, 131072),), step=(16, 64, 256),
     grouped=(4096, 32768), attention=((1, 8192), (1, 32768)),
     attention_step=((16, 8192), (64, 8192)),
-    context=(4096, 16384, 65536, 262144, 1048576))
+    context=(4096, 16384, 65536, 262144, 1048576), chunk=16384)
 SMALL = Sizes(
     forward=((1, 1024), (4, 1024), (1, 8192), (1, 8192, 2)), train=((1, 1024), (1, 4096)),
     packed=((8, 4096),), step=(1, 4, 16), grouped=(256, 2048), attention=((1, 512), (1, 2048)),
-    attention_step=((4, 1024),), context=(512, 2048, 8192, 32768))
+    attention_step=((4, 1024),), context=(512, 2048, 8192, 32768), chunk=1024)
 
 
 def cases(config: ModelConfig, sizes: Sizes, dtype: str) -> list[Case]:
@@ -77,7 +82,8 @@ def cases(config: ModelConfig, sizes: Sizes, dtype: str) -> list[Case]:
         *(make.grouped(kind, rows) for rows in sizes.grouped for kind in ("gate_up", "down")),
         *(make.attention(*one) for one in sizes.attention),
         *(make.attention_step(*one) for one in sizes.attention_step),
-        *(make.forward("context", 1, tokens) for tokens in sizes.context)]
+        *(make.forward("context", 1, tokens) for tokens in sizes.context),
+        *(make.layers(tokens, min(sizes.chunk, tokens)) for tokens in sizes.context)]
 
 
 def some_slopes(config: ModelConfig, layer: int, heads: int) -> jax.Array:
@@ -132,6 +138,17 @@ class _Maker:
         return Case(operation, "lightning_attention", shape,
                     {"batch": B, "tokens": T, "heads": heads, "head_dim": H}, self.dtype,
                     floors.lightning(B, T, heads, H, self.size), prepare)
+
+    def layers(self, T: int, chunk: int) -> Case:
+        """A period's lightning layers, with projections, norm and gate, read as the engine reads
+        a prompt: chunk by chunk from the state before it."""
+        c = self.config
+        made = Lightning(c, one_device(), self.dtype)
+        return Case("context_layers", "lightning_attention", f"1x{T}",
+                    {"batch": 1, "tokens": T, "chunk": chunk, "layers": len(made.layers),
+                     "heads": c.num_heads, "head_dim": c.head_dim}, self.dtype,
+                    made.layers_work(T), lambda seed: lambda name: Lightning(
+                        c, one_device(), self.dtype, seed).layers_run(T, chunk), own_choice=True)
 
     def train(self, B: int, T: int) -> Case:
         c = self.config

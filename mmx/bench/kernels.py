@@ -51,7 +51,7 @@ def check_names(named: Sequence[str]) -> None:
 
 
 def select(cases: Sequence[Case], what: Sequence[str], shapes: Sequence[str]) -> list[Case]:
-    """Cases of these operations and shapes; all but the context curve where none is named.
+    """Cases of these operations and shapes; all but the context curves where none is named.
 
     Raises UserError for a name that none has.
     """
@@ -61,7 +61,7 @@ def select(cases: Sequence[Case], what: Sequence[str], shapes: Sequence[str]) ->
             raise UserError(f"There is no operation '{name}' to time.",
                             f"--what takes {', '.join(operations)}.", nearest(name, operations))
     kept = [case for case in cases
-            if (case.operation in what if what else case.operation != "context")]
+            if (case.operation in what if what else not case.operation.startswith("context"))]
     known = list(dict.fromkeys(case.shape for case in kept))
     for name in shapes:
         if name not in known:
@@ -74,6 +74,8 @@ def measure(case: Case, named: Sequence[str], method: Method, ceilings: Ceilings
             peers: Callable[[Case], dict[str, Callable[[], Run]]] = lambda case: {}) -> list[dict]:
     """Times one case; a row for each implementation and peer."""
     names = chosen(case.op, named)
+    if case.own_choice:
+        names = [name for name in names if name == AUTO]
     if not names:
         return []
     if case.also_unpacked:

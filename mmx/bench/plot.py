@@ -30,21 +30,22 @@ def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
     import matplotlib.pyplot as plt
 
     good = [row for row in rows if "floor_ms" in row]
-    curve = [row for row in good if row["operation"] == "context"]
-    bars = [row for row in good if row["operation"] != "context"]
+    curves = [found for operation in ("context", "context_layers")
+              if (found := [row for row in good if row["operation"] == operation])]
+    bars = [row for row in good if not row["operation"].startswith("context")]
     if not good:
         raise UserError("There is nothing to draw.", "No row was measured.",
                         "The sentences of the failures are in the table.")
     names = list(dict.fromkeys(_plain(row["implementation"]) for row in good))
     colors = {name: _COLORS[i % len(_COLORS)] for i, name in enumerate(names)}
-    heights = ([4.2] if curve else []) + ([1.4 + 0.24 * len(bars)] if bars else [])
+    heights = [4.2] * len(curves) + ([1.4 + 0.24 * len(bars)] if bars else [])
     with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False,
                          "axes.edgecolor": _INK, "axes.titlesize": 11}):
         figure, axes = plt.subplots(len(heights), 1, figsize=(9, sum(heights)), squeeze=False,
                                     height_ratios=heights, layout="constrained")
         panels = [axis for (axis,) in axes]
-        if curve:
-            _curve(panels[0], curve, colors)
+        for axis, curve in zip(panels, curves, strict=False):
+            _curve(axis, curve, colors)
         if bars:
             _bars(panels[-1], bars, colors)
         device = rows[0]["device"]["kind"]
@@ -66,8 +67,11 @@ def _curve(axis, rows, colors) -> None:
                     for row in rows})
     axis.plot(*zip(*least, strict=True), "--", color=_INK, linewidth=1, label="floor")
     dims = rows[0]["dims"]
-    axis.set(title=f"Lightning attention forward, one layer: {dims['heads']} heads of "
-             f"{dims['head_dim']}, {rows[0]['dtype']}", xlabel="context, tokens (log scale)",
+    what = (f"{dims['layers']} lightning layers with their projections, chunks of "
+            f"{max(row['dims']['chunk'] for row in rows):,}" if "layers" in dims else
+            "Lightning attention forward, one layer")
+    axis.set(title=f"{what}: {dims['heads']} heads of {dims['head_dim']}, {rows[0]['dtype']}",
+             xlabel="context, tokens (log scale)",
              ylabel="cost per token, µs", xscale="log", ylim=(0, None))
     axis.set_xticks(ticks, [f"{one:,}" for one in ticks])
     axis.minorticks_off()

@@ -25,13 +25,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
 
 from mmx.bench import ceilings as rates
 from mmx.bench import records, report
 from mmx.bench.floors import Ceilings
 from mmx.bench.pods_lightning import Lightning
-from mmx.bench.sides import Program, Side
+from mmx.bench.sides import Program, Side, one_device
 from mmx.bench.timing import Method, Timing, first_sentence, in_turns
 from mmx.bench.whole import Job, describe
 from mmx.config import ModelConfig, preset, preset_names
@@ -68,10 +67,6 @@ def arguments() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--output", type=Path, help="folder of results.jsonl and table.md")
     return parser
-
-
-def one_device() -> Mesh:
-    return Mesh(np.asarray(jax.devices()[:1]), ("tensor",), axis_types=(AxisType.Auto,))
 
 
 class Bench:

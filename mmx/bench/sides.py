@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mmx import cache as caches
 from mmx import model
@@ -32,6 +32,11 @@ class Program:
     bind: Callable[[Mapping], Run]
     facts: Mapping[str, Any]
     logits: list[jax.Array] = dataclasses.field(default_factory=list)
+
+
+def one_device() -> Mesh:
+    """The first device alone."""
+    return Mesh(np.asarray(jax.devices()[:1]), ("tensor",), axis_types=(AxisType.Auto,))
 
 
 def mesh_name(mesh: Mesh) -> str:

@@ -16,7 +16,7 @@ from mmx.bench.records import FACTS
 QUICK = ("--rounds=2", "--at_least_ms=1", "--compilation_cache=off")
 TINY = cases.Sizes(forward=((1, 33), (2, 16), (1, 16, 2)), train=((1, 16),), packed=((3, 40),),
                    step=(1, 2), grouped=(24,), attention=((1, 16),), attention_step=((2, 16),),
-                   context=(16, 32))
+                   context=(16, 32), chunk=16)
 
 
 @pytest.fixture
@@ -80,6 +80,10 @@ def test_context_and_named_implementations_as_json(bench):
     rows = complete([json.loads(line) for line in out.splitlines()], "kernels")
     assert code == 0 and [(one["shape"], one["implementation"]) for one in rows] == [
         (shape, name) for shape in ("1x16", "1x32") for name in ("reference", "xla")]
+    code, out, _ = bench("kernels", "--what=context_layers", "--json")
+    rows = complete([json.loads(line) for line in out.splitlines()], "kernels")
+    assert code == 0 and [(one["shape"], one["implementation"], one["dims"]["chunk"])
+                          for one in rows] == [("1x16", "auto", 16), ("1x32", "auto", 16)]
     code, out, _ = bench("kernels", "--shapes=b2,t24", "--json")
     assert {json.loads(line)["shape"] for line in out.splitlines()[2:]} == {"b2", "t24"}
 
