@@ -1,11 +1,9 @@
 """Time that a step's exchanges take on the devices, read from a trace of the profiler."""
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
-import jax
+from mmx.bench import trace
 
 # NCCL carries all-to-all and permutations as sends and receives.
 _KINDS = {"allreduce": "all-reduce", "allgather": "all-gather", "alltoall": "all-to-all",
@@ -26,28 +24,16 @@ def summed(planes: Iterable) -> dict[str, float] | None:
     """
     found: dict[str, float] = defaultdict(float)
     devices = 0
-    for plane in planes:
-        if not plane.name.startswith("/device:") or "CUSTOM" in plane.name:
-            continue
-        lines = list(plane.lines)
-        # Other lines of a GPU repeat what its streams did under the compiler's names.
-        own = [line for line in lines if line.name.startswith("Stream")] or [
-            line for line in lines if line.name == "XLA Ops"]
-        devices += bool(own)
-        for line in own:
-            for event in line.events:
-                kind = kind_of(event.name)
-                if kind is not None:
-                    found[kind] += event.duration_ns / 1e6
+    for events in trace.device_events(planes):
+        devices += 1
+        for event in events:
+            kind = kind_of(event.name)
+            if kind is not None:
+                found[kind] += event.duration_ns / 1e6
     return {kind: ms / devices for kind, ms in sorted(found.items())} if devices else None
 
 
 def traced(call: Callable[[], None], steps: int) -> dict[str, float] | None:
     """Milliseconds by kind and step of `call`, which waits for its `steps` steps."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            call()
-        planes = [plane for path in Path(folder).rglob("*.xplane.pb")
-                  for plane in jax.profiler.ProfileData.from_file(str(path)).planes]
-        found = summed(planes)
+    found = summed(trace.planes(call))
     return None if found is None else {kind: ms / steps for kind, ms in found.items()}

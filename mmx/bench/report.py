@@ -12,6 +12,7 @@ WIDTH = 100
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "bfloat16/int8": "bf16/int8",
           "float32/int8": "f32/int8"}
 Record = Mapping[str, Any]
+MOST_KERNELS = 12  # that a terminal is shown of a trace; the files have all
 _CACHED = ("Shares above 100 %: what was read stayed in a cache, which is faster than the copy of "
            "memory.")
 
@@ -96,7 +97,25 @@ def table(rows: Sequence[Record]) -> str:
         parts.append(_aligned([names, *map(cells, rows)], set(range(4, len(names))), 4))
     if any(row.get("share_of_floor", 0) > 1 for row in rows):
         parts.append(_CACHED)
+    parts += [_kernels(row, MOST_KERNELS) for row in rows if "busy_ms" in row]
+    parts += [f"{row['operation']} {row['shape']}: {row['kernels_error']}" for row in rows
+              if "kernels_error" in row]
     return "\n\n".join(parts)
+
+
+def _kernels(row: Record, most: int | None = None) -> str:
+    """What the device did in a step, by time; beyond `most` names their sum."""
+    listed = row["kernels"][:most]
+    told = [[figure(one["us_per_step"], 3), f"{one['us_per_step'] / row['busy_ms'] / 10:.0f} %",
+             figure(one["per_step"], 3), figure(one["us"], 3), one["kernel"]] for one in listed]
+    if rest := row["kernels"][len(listed):]:
+        us, per_step = (sum(one[key] for one in rest) for key in ("us_per_step", "per_step"))
+        told.append([figure(us, 3), f"{us / row['busy_ms'] / 10:.0f} %", figure(per_step, 3), "",
+                     f"({len(rest)} others)"])
+    names = ["µs", "share", "programs", "µs each", "program"]
+    return (f"{row['operation']} {row['shape']}: {figure(row['busy_ms'])} ms busy of "
+            f"{figure(row['median_ms'])}, {figure(row['launches'], 3)} programs\n"
+            + _aligned([names, *told], {0, 1, 2, 3}, len(names)))
 
 
 def _split(rows: Sequence[Record]) -> tuple[list[Record], list[Record]]:
@@ -138,6 +157,9 @@ def markdown(facts: Record, rows: Sequence[Record]) -> str:
                 line[-1] = f"failed: {line[-1]}"
             line += [""] * (len(names) - 1 - len(line)) + [row.get("floor_formula", "")]
             lines.append(_line(line))
+        for row in rows:
+            if "busy_ms" in row:
+                lines += ["", "```text", _kernels(row), "```"]
     return "\n".join(lines) + "\n"
 
 

@@ -35,6 +35,7 @@ class Plan:
     method: Method = Method()
     seed: int = 0
     output: Path | None = None
+    trace: bool = False
 
 
 def run(plan: Plan, say: Callable[[str], None] | None = None, config_gin: str = ""):
@@ -143,9 +144,9 @@ class _Bench:
             return whole.Model(self.config, self.dtype, plan.quantize, plan.seed, plan.turned)
 
         with Progress(len(self.jobs), "rows", title="bench") as bar:
-            for job, timing in whole.measure(self.jobs, make, plan.method):
+            for job, timing, facts in whole.measure(self.jobs, make, plan.method, plan.trace):
                 self.report.add([job.row(self.config, self.dtype, plan.quantize, "mmx", timing,
-                                         self.ceilings)])
+                                         self.ceilings, **facts)])
                 bar.update(1)
 
     def finish(self):

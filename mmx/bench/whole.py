@@ -2,13 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmx.bench import arrays, floors, records
+from mmx.bench import arrays, floors, records, trace
 from mmx.bench.floors import Ceilings, Work
 from mmx.bench.timing import Method, Run, Timing, first_sentence, in_turns
 from mmx.cache import Cache
@@ -122,17 +121,29 @@ def capacity(tokens: int) -> int:
     return size
 
 
-def measure(jobs: Sequence[Job], make: Callable[[], Model], method: Method
-            ) -> Iterator[tuple[Job, Timing | str]]:
-    """Times each job in turn; a model that cannot be made fails them all."""
+def measure(jobs: Sequence[Job], make: Callable[[], Model], method: Method, tracing: bool = False
+            ) -> Iterator[tuple[Job, Timing | str, dict]]:
+    """Times each job in turn, and traces it once more if asked; a model that cannot be made fails
+    them all."""
     try:
         model = make()
     except Exception as error:
         sentence = first_sentence(error)
-        yield from ((job, sentence) for job in jobs)
+        yield from ((job, sentence, {}) for job in jobs)
         return
     for job in jobs:
-        yield job, in_turns({"mmx": partial(model.run, job)}, method)["mmx"]
+        made: list[Run] = []
+
+        def start(job=job, made=made) -> Run:
+            made.append(model.run(job))
+            return made[0]
+
+        timing, facts = in_turns({"mmx": start}, method)["mmx"], {}
+        if tracing and isinstance(timing, Timing):
+            run = made[0]
+            found = trace.by_kernel(trace.planes(lambda run=run: run.call(1)), run.steps)
+            facts = found or {"kernels_error": "The profiler names no programs on this device."}
+        yield job, timing, facts
 
 
 def describe(config: ModelConfig) -> str:

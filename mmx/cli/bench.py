@@ -18,6 +18,7 @@ mmx bench kernels --output=results/kernels
 mmx bench kernels --what=lightning_forward,context --implementation=xla --json
 mmx bench period --quantize=int8
 mmx bench decode --batch=1,16,64 --context=1024 --peers=transformers
+mmx bench decode --batch=1 --trace
 """
 # The first word after the verb is the value of this setting.
 WORD = "subject"
@@ -71,6 +72,9 @@ class BenchSettings:
         "of the user's cache.")
     json: bool = setting(False, "Write a JSON line for each record instead of the table.",
                          group="Output")
+    trace: bool = setting(
+        False, "period, decode: run each row once more under the profiler, and list what the "
+        "device did by time.", group="Output")
     output: str | None = setting(
         None, "Folder for results.jsonl, table.md, plot.png and config.gin.", group="Output",
         value="DIR")
@@ -81,7 +85,7 @@ Settings = BenchSettings
 _ONLY = {"what": ("kernels",), "shapes": ("kernels",), "implementation": ("kernels",),
          "check": ("kernels",), "prompts": ("period",), "prefill_chunk": ("period",),
          "batch": ("decode",), "context": ("decode",), "quantize": ("period", "decode"),
-         "turned": ("period", "decode")}
+         "turned": ("period", "decode"), "trace": ("period", "decode")}
 
 
 def run(call) -> int:
@@ -108,7 +112,7 @@ def run(call) -> int:
         words(settings.peers), settings.check, numbers["prompts"],
         numbers["batch"] or Plan.batches, settings.context or Plan.context,
         settings.prefill_chunk, Method(settings.rounds, settings.at_least_ms / 1e3),
-        settings.seed, output)
+        settings.seed, output, settings.trace)
     report, code = measure(plan, _say if settings.json else None, call.config)
     if output is not None:
         call.save(output / "config.gin")
@@ -135,6 +139,9 @@ def refuse(settings: BenchSettings) -> None:
     if settings.turned is not None and settings.quantize is None:
         raise UserError("--turned has no int8 weights to turn.", "It goes with --quantize=int8.",
                         "Add that, or leave it out.")
+    if settings.trace and settings.peers:
+        raise UserError("--trace and --peers exclude each other.", "A trace is of our side alone.",
+                        "Leave one out.")
     if not settings.rounds and not settings.check:
         raise UserError("--rounds=0 measures nothing.", "It goes with --check.",
                         "Ask for at least one round.")

@@ -100,10 +100,11 @@ def test_period(bench, flags):
 
 
 def test_decode(bench):
-    code, out, _ = bench("decode", "--batch=1,3", "--context=20", "--json")
+    code, out, _ = bench("decode", "--batch=1,3", "--context=20", "--trace", "--json")
     rows = complete([json.loads(line) for line in out.splitlines()], "decode")
     assert code == 0 and [one["shape"] for one in rows] == ["b1c20", "b3c20"]
     assert rows[1]["tokens_per_s"] == pytest.approx(3e3 / rows[1]["median_ms"])
+    assert all("names no programs" in one["kernels_error"] for one in rows)  # of a CPU
 
 
 def test_check_alone(bench, monkeypatch):
@@ -160,6 +161,8 @@ def test_a_failing_implementation_has_a_row_and_the_run_goes_on(bench, monkeypat
     (["kernels", "period"], "does not take the argument period"),
     (["kernels", "--quantize=int8"], "--quantize is not for 'mmx bench kernels'."),
     (["kernels", "--turned"], "--turned is not for 'mmx bench kernels'."),
+    (["kernels", "--trace"], "--trace is not for 'mmx bench kernels'."),
+    (["decode", "--trace", "--peers=transformers"], "--trace and --peers exclude each other."),
     (["decode", "--noturned"], "--turned has no int8 weights to turn."),
     (["period", "--check"], "--check is not for 'mmx bench period'."),
     (["decode", "--batch=1,x"], "--batch='1,x' is not a list of whole numbers."),
