@@ -6,7 +6,8 @@ operand: `y[columns, rows] = w[:, columns]^T x[:, rows]`. It runs twice, for gat
 at its end, and for down. Blocks of threads are small, so that several share a multiprocessor: all
 tiles of one token are in flight at once, and many tokens have no idle end.
 
-int8 weights are cast on the chip on their way to the matrix unit; their scales multiply the sums.
+int8 weights have a kernel of their own, `hit_int8_mosaic_gpu`: casting them here, on their way to
+the matrix unit, took a third longer than their bytes (64 tokens; H200).
 """
 
 import dataclasses
@@ -20,9 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.costs import kernel_cost
 from pallas_kernels.grouped_matmul.stacked import stack
-from pallas_kernels.lightning_attention.mosaic_gpu_block import TILES, load, transposed
+from pallas_kernels.lightning_attention.mosaic_gpu_block import TILES, transposed
 
-_WGMMA = plgpu.Layout.WGMMA
 MOST_ROWS = 64
 
 
@@ -35,24 +35,21 @@ class Config:
       columns: of a tile, 64 or 128.
       step: of the contracted axis, 64 or 128.
       stages: depth of the ring of loaded weights.
-      splits: parts of the contracted axis, whose sums are added after the kernel. Few tokens of
-        int8 need several: a multiprocessor casts fast enough only with a few blocks in flight.
     """
 
     rows: int | None = None
     columns: int = 128
     step: int = 64
     stages: int | None = None
-    splits: int | None = None
 
 
 def refusal(g_TD, gate_up) -> str | None:
     """Says in a sentence why the kernel does not take these arguments; None if it does."""
     D, F = gate_up.shape[-2:]
-    if g_TD.dtype != jnp.bfloat16 or gate_up.dtype not in (jnp.bfloat16, jnp.int8):
+    if g_TD.dtype != jnp.bfloat16 or gate_up.dtype != jnp.bfloat16:
         return (f"hit_experts 'mosaic_gpu' got tokens of {g_TD.dtype} and weights of "
-                f"{gate_up.dtype}. It takes bfloat16 tokens and bfloat16 or int8 weights; cast "
-                "them, or pass None.")
+                f"{gate_up.dtype}. It takes bfloat16 tokens and bfloat16 or turned int8 weights; "
+                "cast or turn them, or pass None.")
     if D % 128 or F % 128:
         return (f"hit_experts 'mosaic_gpu' got matrices of {D} x {F}. It takes multiples of 128; "
                 "pass None.")
@@ -67,15 +64,13 @@ def hit_experts(g_TD, weight_Tk, expert_Tk, gate_up, down, *, config=None, inter
     config = config or Config()
     rows = config.rows or rows_of_block(expert_Tk.size, E)
     slot_M, source, plan = layout(expert_Tk, E, rows)
-    up_values, up_scale, index = stack(gate_up)
-    down_values, down_scale, _ = stack(down)
+    (up_values, _, index), (down_values, _, _) = stack(gate_up), stack(down)
     plan = (index, *plan)
     # Rows of padding take token 0: their sums are finite and read by nobody.
     x_MD = jnp.take(g_TD, source, axis=0)
     call = functools.partial(_product, plan=plan, rows=rows, config=config, interpret=interpret)
-    hidden_FM = call(x_MD, up_values, up_scale)
-    out_DM = call(hidden_FM.T, down_values[:, None], None if down_scale is None
-                  else down_scale[:, None])
+    hidden_FM = call(x_MD, up_values)
+    out_DM = call(hidden_FM.T, down_values[:, None])
     return sum_by_token(out_DM, slot_M, weight_Tk, expert_Tk, E)
 
 
@@ -143,26 +138,20 @@ def _layout_of_one(expert_k, E: int, rows: int):
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "config", "interpret"))
-def _product(x_MK, w_LPEKN, scale_LPE1N, *, plan, rows, config, interpret):
+def _product(x_MK, w_LPEKN, *, plan, rows, config, interpret):
     """[N, M]: float32 products for one matrix (P = 1), or SiLU(gate) · up in bfloat16 for two."""
     M, K = x_MK.shape
     P, N = w_LPEKN.shape[1], w_LPEKN.shape[-1]
-    quantised = scale_LPE1N is not None
     W, step = config.columns, config.step
-    splits = config.splits or _splits(quantised, M // rows * (N // W), K // step)
-    steps = K // step // splits
+    steps, fused = K // step, P == 2
     bf16, f32 = jnp.bfloat16, jnp.float32
-    # Several blocks share the 227 KiB of a multiprocessor.
-    one = step * (P * W * (1 if quantised else 2) + 2 * rows)
-    stages = min(steps, config.stages or (3 if quantised else max(2, 106 * 1024 // one)))
-    fused = P == 2 and splits == 1
-    narrow = (plgpu.TilingTransform((8, W)), plgpu.SwizzleTransform(W))  # int8
-    row_tiles = (plgpu.TilingTransform((8, rows)), plgpu.SwizzleTransform(2 * rows))
+    # Two blocks share the 227 KiB of a multiprocessor.
+    one = step * (P * W + rows) * 2
+    stages = min(steps, config.stages or max(2, 106 * 1024 // one))
 
-    def experts_product(index, experts, count, x, w, *refs, x_smem, w_smem, full, done, cast=None,
+    def experts_product(index, experts, count, x, w, y, *, x_smem, w_smem, full, done,
                         out_smem=None):
-        scale, y = refs if quantised else (None, *refs)
-        block, tile, split = (lax.axis_index(name) for name in ("block", "tile", "split"))
+        block, tile = lax.axis_index("block"), lax.axis_index("tile")
         columns, own_rows = pl.ds(tile * W, W), pl.ds(block * rows, rows)
 
         @pl.when(block < count[0])
@@ -170,8 +159,7 @@ def _product(x_MK, w_LPEKN, scale_LPE1N, *, plan, rows, config, interpret):
             layer, expert = index[0], experts[block]
 
             def fetch(i):
-                slot = lax.rem(i, jnp.int32(stages))
-                part = pl.ds((split * steps + i) * step, step)
+                slot, part = lax.rem(i, jnp.int32(stages)), pl.ds(i * step, step)
                 for p in range(P):
                     plgpu.copy_gmem_to_smem(
                         w.at[layer, p, expert, part, columns],
@@ -195,16 +183,8 @@ def _product(x_MK, w_LPEKN, scale_LPE1N, *, plan, rows, config, interpret):
                 def _(i):
                     slot = lax.rem(i, jnp.int32(stages))
                     plgpu.barrier_wait(full.at[slot])
-                    left = w_smem.at[slot]
-                    if quantised:
-                        values = load(left, layout=plgpu.Layout.WGMMA_UPCAST_4X, optimized=False)
-                        values = values.astype(bf16)
-                        plgpu.wgmma_wait(0)
-                        cast[...] = values
-                        plgpu.commit_smem()
-                        left = cast
                     for p in range(P):
-                        plgpu.wgmma(accs[p], transposed(left.at[pl.ds(p * step, step)]),
+                        plgpu.wgmma(accs[p], transposed(w_smem.at[slot, pl.ds(p * step, step)]),
                                     transposed(x_smem.at[slot]))
                     # One step stays in flight while the next one's operands are awaited.
                     plgpu.wgmma_wait(P)
@@ -216,14 +196,9 @@ def _product(x_MK, w_LPEKN, scale_LPE1N, *, plan, rows, config, interpret):
                 return tuple(acc[...] for acc in accs)
 
             sums = pl.run_scoped(products, *[plgpu.ACC((W, rows), f32)] * P)
-            if quantised:
-                sums = [total * lax.broadcast_in_dim(
-                    load(scale.at[layer, p, expert, 0, columns], layout=_WGMMA.reduce(1),
-                         optimized=False), total.shape, [0]) for p, total in enumerate(sums)]
             if not fused:
-                for p in range(P):
-                    target = y.at[split, p, columns, own_rows]
-                    target[...] = sums[p]
+                target = y.at[columns, own_rows]
+                target[...] = sums[0]
                 return
             gate, up = sums
             out_smem[...] = (gate / (1 + jnp.exp(-gate)) * up).astype(bf16)
@@ -233,40 +208,23 @@ def _product(x_MK, w_LPEKN, scale_LPE1N, *, plan, rows, config, interpret):
 
     scratch = {
         "x_smem": plgpu.SMEM((stages, rows, step), bf16, transforms=TILES),
-        "w_smem": plgpu.SMEM((stages, P * step, W), w_LPEKN.dtype,
-                             transforms=narrow if quantised else TILES),
+        "w_smem": plgpu.SMEM((stages, P * step, W), bf16, transforms=TILES),
         "full": plgpu.Barrier(num_arrivals=P + 1, num_barriers=stages),
         "done": plgpu.Barrier(),
     }
-    if quantised:
-        scratch["cast"] = plgpu.SMEM((P * step, W), bf16, transforms=TILES)
     if fused:
+        row_tiles = (plgpu.TilingTransform((8, rows)), plgpu.SwizzleTransform(2 * rows))
         scratch["out_smem"] = plgpu.SMEM((W, rows), bf16, transforms=row_tiles)
     run = plgpu.kernel(
         experts_product,
-        out_type=jax.ShapeDtypeStruct((N, M) if fused else (splits, P, N, M),
-                                      bf16 if fused else f32),
+        out_type=jax.ShapeDtypeStruct((N, M), bf16 if fused else f32),
         scratch_types=scratch,
         # Tiles of one block run next to each other: they share its rows through L2.
-        grid=(M // rows, N // W, splits), grid_names=("block", "tile", "split"),
+        grid=(M // rows, N // W), grid_names=("block", "tile"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret or None,
     )
     # As many experts as can be hit; what a step really reads, its tokens decide.
-    experts = min(M // rows, w_LPEKN.shape[2])
-    weights = experts * P * K * N * w_LPEKN.dtype.itemsize
-    results = (2 if fused else 4 * P * splits) * N * M
-    with kernel_cost(2 * M * P * K * N, weights + 2 * K * M + results):
-        y = run(*plan, x_MK, w_LPEKN, *([scale_LPE1N] if quantised else []))
-    if fused:
-        return y
-    gate, *up = jnp.sum(y, axis=0)
-    return (jax.nn.silu(gate) * up[0]).astype(bf16) if up else gate
-
-
-def _splits(quantised: bool, tiles: int, steps: int) -> int:
-    """Enough parts for three blocks of int8 on each of 132 multiprocessors; bfloat16 needs none."""
-    parts = 1
-    while quantised and 2 * parts * tiles <= 3 * 132 and steps % (2 * parts) == 0:
-        parts *= 2
-    return parts
+    weights = min(M // rows, w_LPEKN.shape[2]) * P * K * N * 2
+    with kernel_cost(2 * M * P * K * N, weights + 2 * K * M + (2 if fused else 4) * N * M):
+        return run(*plan, x_MK, w_LPEKN)

@@ -59,10 +59,9 @@ def weights(dtype):
 def interpret(case):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    dtype, kind = case.split("/")
-    weight, expert = route(kind)
+    weight, expert = route(case)
     g = jnp.asarray(np.random.default_rng(0).standard_normal((len(weight), D)), jnp.bfloat16)
-    stacked = [Stacked(w, jnp.int32(1)) for w in weights(dtype)]
+    stacked = [Stacked(w, jnp.int32(1)) for w in weights("bfloat16")]
     got = hit_mosaic_gpu.hit_experts(
         g, weight, expert, *stacked, interpret=plgpu.InterpretGPUParams(detect_races=True))
     return norm_ratio(got, reference.experts(g, weight, expert, *stacked))
@@ -71,13 +70,9 @@ def interpret(case):
 def compile_one(case):
     mesh, array = hopper.h200()
 
-    dtype, T = case.split("/")
-    T, layers, experts, hidden, width = int(T), 2, 32, 6144, 9216
-    leaves = [array((layers, 2, experts, hidden, width), dtype),
-              array((layers, experts, width, hidden), dtype)]
-    if dtype == "int8":
-        leaves = [QuantizedTensor(leaves[0], array((layers, 2, experts, 1, width), "float32")),
-                  QuantizedTensor(leaves[1], array((layers, experts, 1, hidden), "float32"))]
+    T, layers, experts, hidden, width = int(case), 2, 32, 6144, 9216
+    leaves = [array((layers, 2, experts, hidden, width), "bfloat16"),
+              array((layers, experts, width, hidden), "bfloat16")]
 
     def run(g, weight, expert, gate_up, down, layer):
         return hit_mosaic_gpu.hit_experts(
