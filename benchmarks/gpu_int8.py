@@ -7,7 +7,7 @@ the kernel for experts is compared with float32 arithmetic on the same integers,
 to the bit, and memory that results may land in holds NaN before; then it is timed for 1, 16, 64 and
 256 tokens, with variants of its settings. `dense` times one matrix each: XLA's product with int8 as
 it lies elsewhere, and the kernel for integers. Floors are the bytes of the weights that are read
-over the rate of a copy, measured first. A figure is of a compiled loop, since a call is shorter than
+over the rate of a copy, measured first. A figure is of a compiled loop, as a call is shorter than
 its dispatch. One that fails is told and left out; nothing is started after --seconds.
 """
 
