@@ -5,6 +5,7 @@ Rows are laid into blocks of one expert each, as in `hit_mosaic_gpu`; `int8_prod
 
 import functools
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.experts.hit_mosaic_gpu import layout, rows_of_block, sum_by_token
@@ -30,5 +31,7 @@ def hit_experts(g_TD, weight_Tk, expert_Tk, gate_up, down, *, config=None, inter
                              count_1=count_1, rows=rows, config=config, interpret=interpret)
     # Rows of padding take token 0: their sums are finite and read by nobody.
     hidden_FM = call(jnp.take(g_TD, source, axis=0), up_values, up_scale, swiglu=True)
-    out_1DM = call(hidden_FM.T, down_values[:, None], down_scale[:, None])
+    # Laid by rows once: XLA would read it across for their peaks, for both parts, and join those.
+    hidden_MF = jax.lax.optimization_barrier(hidden_FM.T)
+    out_1DM = call(hidden_MF, down_values[:, None], down_scale[:, None])
     return sum_by_token(out_1DM[0], slot_M, weight_Tk, expert_Tk, E)
