@@ -9,7 +9,8 @@
 #   --minutes=N     time for all runs together; what has no time left is named and left out [25]
 #   --only=A,B      only these of check, kernels, context, period, decode, period_int8, decode_int8
 #   --peers=A,B     fla beside kernels, transformers beside period and decode; must be installed
-#   --dry-run       print the commands and run nothing
+#   --dry-run       print the commands and run nothing; what is left over goes on to the next, so
+#                   that the limits printed are more than --minutes together
 #
 # MMX_PYTHON names a Python that has mmx; otherwise an active virtual environment is used, and
 # without one .venv is made with the extra [cuda].

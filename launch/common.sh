@@ -56,6 +56,9 @@ check() {
 # gpu_python: PY becomes a Python that has mmx on a CUDA machine; see MMX_PYTHON of the scripts that
 # measure. JAX_PLATFORMS=cpu does without the driver. Needs setup_env.sh.
 gpu_python() {
+  # Before anything is installed.
+  [ -n "$DRY_RUN" ] || [ "${JAX_PLATFORMS:-}" = cpu ] || command -v nvidia-smi >/dev/null 2>&1 ||
+    fail "there is no nvidia-smi, so no CUDA driver. JAX_PLATFORMS=cpu tries it on the CPU."
   if [ -n "${MMX_PYTHON:-}" ]; then
     PY=$MMX_PYTHON
   elif [ -n "${VIRTUAL_ENV:-}" ]; then
@@ -63,14 +66,12 @@ gpu_python() {
   elif [ -n "$DRY_RUN" ]; then
     PY=${VENV:-.venv}/bin/python
   else
-    setup_env "[cuda]"
+    if [ "${JAX_PLATFORMS:-}" = cpu ]; then setup_env ""; else setup_env "[cuda]"; fi
     PY=$VENV/bin/python
   fi
   [ -z "$DRY_RUN" ] || return 0
   "$PY" -c 'import mmx' 2>/dev/null ||
-    fail "$PY cannot import mmx. Install it there with: pip install '.[cuda]'"
-  [ "${JAX_PLATFORMS:-}" = cpu ] || command -v nvidia-smi >/dev/null 2>&1 ||
-    fail "there is no nvidia-smi, so no CUDA driver. JAX_PLATFORMS=cpu tries it on the CPU."
+    fail "$PY cannot import mmx. Install it there with: pip install -e '.[cuda]'"
 }
 
 # json WORD: a JSON string, which is YAML too.

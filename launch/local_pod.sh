@@ -54,6 +54,12 @@ done
 [ -n "$processes" ] || refuse "There is no number of processes. '--help' shows an example."
 [ $# -gt 0 ] || refuse "There is no command. It stands after '--'."
 
+# The environment that quickstart.sh makes, where none is active.
+if ! command -v mmx >/dev/null 2>&1; then
+  here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  PATH=$PATH:$here/.venv/bin
+fi
+
 taken() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
 if [ -z "$port" ]; then

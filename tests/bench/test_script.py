@@ -100,6 +100,7 @@ def test_what_has_no_time_left_is_named(tmp_path):
 
 def test_python_without_mmx_is_named(tmp_path):
     tools = stand_in(tmp_path / "tools", "python", "sys.exit(1)")
+    stand_in(tmp_path / "tools", "nvidia-smi", "sys.exit(0)")
     code, out, err, _ = run(tools)
     assert code == 2 and "cannot import mmx" in err and "pip install" in err
 
