@@ -288,14 +288,16 @@ def _run(config, params, ids_BT, tokens, memories, dtype, remat, ops: Ops):
 def _run_stack(config, stack: Stack, params, slopes_RPN, x, memory, tokens, remat, ops: Ops):
     """Runs one stack; memory (if any) is carried whole and updated in place at each repeat."""
 
-    def block(p, kind, leaves, slopes_N, x, layer_memory):
-        layer = Block(config, kind, _lookup(leaves, str(p)))
-        narrow = tokens.last_only and p == len(stack.pattern) - 1
-        given = tokens._replace(last_only=narrow)
-        return layer(x, slopes_N, layer_memory, given, ops)
+    def block(kind, narrow, leaves, slopes_N, x, layer_memory):
+        layer = Block(config, kind, _lookup(leaves, ""))
+        return layer(x, slopes_N, layer_memory, tokens._replace(last_only=narrow), ops)
 
     if remat:
         block = jax.checkpoint(block, static_argnums=(0, 1))
+    # Layers of a kind are one function of the program, traced and lowered once. The compiler makes
+    # of it what it made of copies, but for TPUs, where copies of an exchange would share a channel.
+    if dispatch.platform() != "tpu":
+        block = jax.jit(block, static_argnums=(0, 1))
 
     def repeat(x, leaves, slopes_PN, layer_memories):
         new, stats = [], []
@@ -305,7 +307,10 @@ def _run_stack(config, stack: Stack, params, slopes_RPN, x, memory, tokens, rema
                 given = zero_state(config, x.shape[0]) if kind == LIGHTNING else None
             else:
                 given = given["state"] if kind == LIGHTNING else (given["k"], given["v"])
-            x, got, layer_stats = block(p, kind, leaves, slopes_PN[p], x, given)
+            narrow = tokens.last_only and p == len(stack.pattern) - 1
+            own = {path.removeprefix(f"{p}/"): leaf for path, leaf in leaves.items()
+                   if path.startswith(f"{p}/")}
+            x, got, layer_stats = block(kind, narrow, own, slopes_PN[p], x, given)
             stats.append(layer_stats)
             if layer_memories is not None:
                 new.append({"state": got} if kind == LIGHTNING else {"k": got[0], "v": got[1]})

@@ -23,6 +23,7 @@ from pallas_kernels.grouped_matmul import tiles
 from pallas_kernels.grouped_matmul.mosaic_gpu_items import items_of
 from pallas_kernels.grouped_matmul.stacked import stack
 from pallas_kernels.lightning_attention.mosaic_gpu_block import transposed
+from pallas_kernels.once import once
 
 K = 64  # inner columns of a tile: 128 bytes, the widest swizzle
 _TILES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -118,11 +119,12 @@ def _run(x_MD, weight, group_sizes_E, parts, config, interpret, turned):
                             config.together, rest=parts == 1)
     header = jnp.concatenate([count.reshape(1), layer_1])
     rows_of_all = values.reshape(-1, E * matrix[0], matrix[1])
-    out_MF = _call(s, header, items, x_MD, rows_of_all, interpret)
+    out_MF = _call(s, header, items, x_MD, rows_of_all, interpret=interpret)
     return out_MF[:rows_M]
 
 
-def _call(s: _Shape, header, items, x_MD, w, interpret):
+@once
+def _call(s: _Shape, header, items, x_MD, w, *, interpret):
     bf16 = jnp.bfloat16
     x_tiles = plgpu.SMEM((s.stages, 2 * s.half, K), bf16, transforms=_TILES)
     if not interpret:  # the interpreter moves logical arrays

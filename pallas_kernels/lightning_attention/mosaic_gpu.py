@@ -28,6 +28,7 @@ from pallas_kernels.lightning_attention.parts import (
     prefix,
     valid_lengths,
 )
+from pallas_kernels.once import once
 
 _MULTIPROCESSORS = 132  # of an H100 or H200
 
@@ -191,6 +192,7 @@ def _marks(samples_BT, lengths_B, reverse):
     return jnp.concatenate([samples, samples, edges], axis=-1).astype(jnp.int32)
 
 
+@once
 def one_pass(shape: Shape, *, tensors, slopes_N, lengths_B, marks=None, windows_BN4=None,
              incoming=None, interpret):
     """Runs one compiled pass; returns outputs (if any) and states [roles, B, parts, N, H, H].
