@@ -29,7 +29,9 @@ class ConvertSettings:
                                    group="Output", choices=("int8",))
     max_shard_bytes: int = setting(2_200_000_000, "Size of one safetensors file.", group="Output",
                                    low=1 << 20, size=True)
-    overwrite: bool = setting(False, "Replace what the output directory holds.", group="Output")
+    overwrite: bool = setting(
+        False, "Replace the checkpoint in the output directory, which may hold nothing else.",
+        group="Output")
     json: bool = setting(False, "Tell what was done as one JSON object.", group="Output")
 
 
