@@ -148,8 +148,7 @@ def load(path_or_id: str | Path = "nano", *, dtype: str | None = None,
     from mmx.checkpoint import load_config, load_params, locate
 
     one_arena()
-    if dtype is None:
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = dtype or default_dtype()
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r} is not supported.", "It is 'float32' or 'bfloat16'.",
                         "Leave it out for the usual one.")
@@ -184,6 +183,11 @@ def load(path_or_id: str | Path = "nano", *, dtype: str | None = None,
         params = quantize_params(params)
         params = lay(model.param_specs(config, dtype), params, turned)
     return LM(config, params, tokenizer, directory)
+
+
+def default_dtype() -> str:
+    """The dtype of weights and activations on this machine's devices where none is asked for."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def _check_room(name, config: ModelConfig, dtype: str, quantize: str | None) -> None:

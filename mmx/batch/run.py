@@ -67,6 +67,7 @@ class Answerer(Protocol):
 
 def run_batch(start: Callable[[], Answerer], input: Path, output: Path, *,
               sampling: SamplingParams, settings: Mapping[str, Any],
+              may_change: Mapping[str, Any] | None = None,
               restart: bool = False, host: int = 0, hosts: int = 1,
               barrier: Callable[[str], None] | None = None, together: bool = False) -> Summary:
     """Answers each record of a JSON Lines file once, however often the process is killed.
@@ -79,6 +80,8 @@ def run_batch(start: Callable[[], Answerer], input: Path, output: Path, *,
         seed and the record's place.
       settings: whatever else the answers depend on (model, precision, …), as JSON values; a resume
         with others is refused.
+      may_change: settings that the answers do not depend on (slots, …); a resume with others tells
+        so.
       restart: discard what an earlier run left.
       host, hosts: this process answers records `i % hosts == host`; host 0 waits for the others'
         journals on the shared file system and merges. Another run may have another `hosts`.
@@ -102,6 +105,7 @@ def run_batch(start: Callable[[], Answerer], input: Path, output: Path, *,
     state = journal.claim(output, {
         "input_sha256": survey.sha256, "records": survey.count,
         "settings": {**settings, **_sampling_settings(sampling)},
+        "may_change": dict(may_change or {}),
         "started": int(time.time())})
     mine = range(survey.count) if together else range(host, survey.count, hosts)
     if output.exists():

@@ -55,10 +55,10 @@ class BatchSettings(HostSettings, EngineSettings, SamplingSettings, ModelSetting
 
 Settings = BatchSettings
 
-# What the answers depend on besides the sampling, if only by rounding; a resume with other values
-# is refused.
-_DETERMINING = ("model", "random_weights", "dtype", "quantize", "kv_dtype", "capacity",
-                "prefill_chunk", "slots")
+# What the answers depend on besides the sampling; a resume with other values is refused.
+_DETERMINING = ("model", "random_weights", "quantize", "kv_dtype")
+# What they depend on by rounding at most; who runs out of memory lowers them and goes on.
+_MAY_CHANGE = ("capacity", "prefill_chunk", "slots")
 
 
 def run(call) -> None:
@@ -84,11 +84,15 @@ def run(call) -> None:
             raise UserError("--host is for hosts that each hold the whole model.",
                             f"The mesh '{settings.mesh}' needs the devices of several.",
                             "Leave out --host, or make the mesh smaller.")
+        from mmx.lm import default_dtype
+
         summary = run_batch(
             lambda: Answers(settings), Path(settings.input), Path(settings.output),
             sampling=sampling_params(settings), restart=settings.restart, host=host, hosts=hosts,
             barrier=pod.barrier if pod.count > 1 else None, together=together,
-            settings={name: getattr(settings, name) for name in _DETERMINING})
+            settings={**{name: getattr(settings, name) for name in _DETERMINING},
+                      "dtype": settings.dtype or default_dtype()},
+            may_change={name: getattr(settings, name) for name in _MAY_CHANGE})
         if host == 0:
             call.save(settings.output + ".config.gin")
         _tell(settings, summary, pod.is_main)

@@ -130,6 +130,34 @@ def test_changed_sampling_is_refused(tmp_path):
         batch(source, out, sampling=SamplingParams(seed=2))
 
 
+def test_what_answers_do_not_depend_on_may_change(tmp_path, capsys):
+    source, out = write(tmp_path / "in.jsonl", prompts(5)), tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        batch(source, out, StandIn(stop_after=2), may_change={"slots": 8, "capacity": None})
+    capsys.readouterr()
+    summary = batch(source, out, may_change={"slots": 2, "capacity": None})
+    assert (summary.resumed, summary.answered) == (2, 3)
+    told = [line for line in capsys.readouterr().err.splitlines() if "slots" in line]
+    assert len(told) == 1 and "slots was 8 and is 2: what is done stays" in told[0]
+
+
+def test_a_state_of_an_older_version_goes_on_and_dtypes_that_are_known_must_agree(tmp_path):
+    """Those held slots among the settings, and no dtype unless it was given."""
+    source, out = write(tmp_path / "in.jsonl", prompts(5)), tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        batch(source, out, StandIn(stop_after=2),
+              settings={"model": "m", "dtype": None, "slots": 8})
+    state = json.loads(journal.state_path(out).read_text())
+    del state["may_change"]
+    journal.state_path(out).write_text(json.dumps(state))
+    now = {"settings": {"model": "m", "dtype": "float32"}, "may_change": {"slots": 2}}
+    assert batch(source, out, **now).resumed == 2
+    state["settings"]["dtype"] = "bfloat16"
+    journal.state_path(out).write_text(json.dumps(state))
+    with pytest.raises(UserError, match="dtype was 'bfloat16' and is 'float32'"):
+        batch(source, out, **now)
+
+
 @pytest.mark.parametrize("hosts", [2, 3])
 def test_hosts_share_the_records_and_host_0_merges(tmp_path, hosts):
     source, out = write(tmp_path / "in.jsonl", prompts(20)), tmp_path / "out.jsonl"
