@@ -1,6 +1,7 @@
 """Answer every record of a JSON Lines file; a killed run goes on where it stopped.
 
-Records are {"id", "prompt" | "messages", sampling…} or OpenAI's batch requests.
+Records are {"id", "prompt" | "messages", sampling…} or OpenAI's batch requests. A record that
+cannot be answered has an error in its place; the exit code is 1 when all have.
 """
 
 import dataclasses
@@ -61,8 +62,8 @@ _DETERMINING = ("model", "random_weights", "quantize", "kv_dtype")
 _MAY_CHANGE = ("capacity", "prefill_chunk", "slots")
 
 
-def run(call) -> None:
-    """Answers the records of this host, and merges on host 0."""
+def run(call) -> int:
+    """Answers the records of this host, and merges on host 0; 1 when every record failed."""
     settings = call.settings
     for name in ("input", "output"):
         if not getattr(settings, name):
@@ -96,6 +97,7 @@ def run(call) -> None:
         if host == 0:
             call.save(settings.output + ".config.gin")
         _tell(settings, summary, pod.is_main)
+    return int(summary.failed)
 
 
 def _tell(settings: BatchSettings, summary, is_main: bool) -> None:

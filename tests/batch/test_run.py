@@ -200,6 +200,34 @@ def test_broken_lines_are_told_and_the_rest_is_done(tmp_path, capsys):
     assert found[1]["line"] == 3 and "line 3" in found[1]["error"]
 
 
+def test_errors_alone_are_a_failure_and_told_once(tmp_path, capsys):
+    source = write(tmp_path / "in.jsonl", [{"prompt": "x" * (20 + i)} for i in range(30)])
+    assert batch(source, tmp_path / "out.jsonl", StandIn(limit=10)).failed
+    told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(told) == 2 and "line 1: The prompt has 20 tokens" in told[0]
+    assert "29 more records failed as line 1 did, to line 30" in told[1]
+    assert batch(source, tmp_path / "out.jsonl").failed  # known of a finished one, too
+    write(source, [{"custom_id": "a", "url": records.COMPLETIONS, "body": {"prompt": "x" * 20}}])
+    assert batch(source, tmp_path / "openai.jsonl", StandIn(limit=10)).failed
+    assert not batch(source, tmp_path / "good.jsonl").failed
+
+
+def test_a_model_that_does_not_load_leaves_nothing(tmp_path):
+    def start():
+        raise UserError("There is no room.")
+
+    source, out = write(tmp_path / "in.jsonl", prompts(3)), tmp_path / "out.jsonl"
+    options = {"sampling": SamplingParams(), "settings": {}}
+    with pytest.raises(UserError, match="no room"):
+        run.run_batch(start, source, out, **options)
+    assert list(tmp_path.iterdir()) == [source]
+    with pytest.raises(KeyboardInterrupt):
+        run.run_batch(lambda: StandIn(stop_after=1), source, out, **options)
+    with pytest.raises(UserError, match="no room"):
+        run.run_batch(start, source, out, **options)
+    assert len(journal.finished(out)) == 1 and journal.state_path(out).exists()
+
+
 @pytest.mark.parametrize("make, words", [
     (lambda path: None, "no such file"),
     (lambda path: path.mkdir(), "is a directory"),

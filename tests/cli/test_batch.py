@@ -25,3 +25,15 @@ def test_fewer_slots_go_on_and_another_dtype_does_not(batch, tmp_path):
     assert batch("--dtype=float32")[0] == 0  # what a CPU takes by itself
     code, _, err = batch("--dtype=bfloat16")
     assert code == 2 and "dtype was 'float32' and is 'bfloat16'" in err
+
+
+def test_slots_that_no_memory_holds_are_refused_before_the_first_record(batch, tmp_path):
+    code, _, err = batch("--slots=100000000")
+    assert code == 2 and "of cache for 100000000 slot(s)" in err and "warning" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_errors_alone_end_with_1(batch, tmp_path):
+    code, _, err = batch("--capacity=1")
+    assert code == 1 and err.count("warning") == 2 and "3 errors" in err
+    assert (tmp_path / "out.jsonl").exists()
