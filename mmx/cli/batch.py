@@ -16,6 +16,7 @@ from mmx.cli.shared import (
     EngineSettings,
     ModelSettings,
     SamplingSettings,
+    check_output,
     enable_compilation_cache,
     sampling_params,
 )
@@ -79,6 +80,7 @@ def run(call) -> int:
             host, hosts = pod.index, pod.count
         else:
             log.set_process(host)
+        check_output(settings.output)
         call.announce()
         together = pod.count > 1 and spans_processes(settings.mesh)
         if together and settings.host is not None:

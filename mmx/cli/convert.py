@@ -5,6 +5,7 @@ import json
 
 from mmx.cli.hosts import refuse_several
 from mmx.cli.settings import setting
+from mmx.cli.shared import check_output
 from mmx.errors import UserError
 
 EXAMPLE = """
@@ -47,6 +48,8 @@ def run(call) -> None:
     refuse_several("convert")
     from pathlib import Path
 
+    # It is written beside its place, then renamed.
+    check_output(str(Path(settings.output).absolute().parent), folder=True)
     from mmx.checkpoint import convert
     from mmx.obs import log, memory
     from mmx.obs.progress import Progress

@@ -5,7 +5,6 @@ Tokens stream to stdout as they come; speed and memory are told on stderr.
 
 import dataclasses
 import json
-import os
 import sys
 import time
 
@@ -15,6 +14,7 @@ from mmx.cli.shared import (
     EngineSettings,
     ModelSettings,
     SamplingSettings,
+    check_output,
     enable_compilation_cache,
     sampling_params,
 )
@@ -75,7 +75,7 @@ def _answer(call, pod) -> None:
                 what, rule = "There is no prompt.", "A chat on a terminal is held by one process."
             raise UserError(what, rule, "Add --prompt=TEXT.")
         if settings.output:
-            _check_folder(os.path.dirname(settings.output) or ".")
+            check_output(settings.output, parents=False)
     from mmx.cli.session import Session
 
     began = time.monotonic()
@@ -126,12 +126,6 @@ def _check_mesh(mesh: str | None, processes: int) -> None:
         raise UserError(f"{processes} processes were started, and {given}.",
                         "They answer one prompt with one model over the devices of all.",
                         "Name a mesh as large as all devices, or start one process.")
-
-
-def _check_folder(folder: str) -> None:
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"The folder '{folder}' of --output cannot be written to.",
-                        "It must exist, with the right to write in it.", "Make it first.")
 
 
 def _to_stdout(piece: str) -> None:
