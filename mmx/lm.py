@@ -41,7 +41,12 @@ class LM:
 
     def logits(self, ids_BT) -> jax.Array:
         """Returns float32 logits [B, T, V] for token ids [B, T] (or [T], as a batch of one)."""
-        ids_BT = np.atleast_2d(np.asarray(ids_BT, np.int32))
+        try:
+            ids_BT = np.atleast_2d(np.asarray(ids_BT, np.int32))
+        except (ValueError, TypeError, OverflowError) as error:
+            raise UserError("The token ids are no array of whole numbers.",
+                            "They are [B, T], or [T]: all sequences of one length.",
+                            "Score sequences of different lengths one by one.") from error
         if ids_BT.size == 0 or ids_BT.min() < 0 or ids_BT.max() >= self.config.vocab_size:
             raise UserError("The token ids cannot be scored.",
                             f"They must be at least one, in 0 … {self.config.vocab_size - 1}.",
