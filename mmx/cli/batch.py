@@ -22,6 +22,7 @@ from mmx.cli.shared import (
 )
 from mmx.errors import UserError
 from mmx.obs import log
+from mmx.sharding import distributed
 
 EXAMPLE = """
 mmx batch --model=nano --input=in.jsonl --output=out.jsonl --max_tokens=200
@@ -53,6 +54,10 @@ class BatchSettings(HostSettings, EngineSettings, SamplingSettings, ModelSetting
             raise UserError(f"host={self.host} of hosts={self.hosts} is no share.",
                             "Both are given, and host counts from 0.",
                             "Write for example --host=0 --hosts=4.")
+        if self.host is not None and self.distributed == distributed.ON:
+            raise UserError("--host and --distributed=on exclude each other.",
+                            "Hosts that --host numbers share a file system and nothing else.",
+                            "Leave one of them out.")
 
 
 Settings = BatchSettings
@@ -98,11 +103,11 @@ def run(call) -> int:
             may_change={name: getattr(settings, name) for name in _MAY_CHANGE})
         if host == 0:
             call.save(settings.output + ".config.gin")
-        _tell(settings, summary, pod.is_main)
+        _tell(settings, summary, pod.is_main, shared=hosts > 1 and not together)
     return int(summary.failed)
 
 
-def _tell(settings: BatchSettings, summary, is_main: bool) -> None:
+def _tell(settings: BatchSettings, summary, is_main: bool, shared: bool) -> None:
     from mmx.obs import memory
 
     if not is_main:
@@ -113,6 +118,8 @@ def _tell(settings: BatchSettings, summary, is_main: bool) -> None:
             "host_peak_bytes": memory.host_peak_bytes(), "output": settings.output}))
         return
     done = f"answered {summary.answered:,} of {summary.records:,} records"
+    if shared:
+        done = f"answered {summary.answered:,} by this host, of {summary.records:,} by all"
     if summary.resumed:
         done += f" ({summary.resumed:,} before)"
     parts = [done, f"{summary.errors:,} error{'s' * (summary.errors != 1)}"]
@@ -121,7 +128,7 @@ def _tell(settings: BatchSettings, summary, is_main: bool) -> None:
                   f"{summary.tokens_per_s:,.1f} tok/s", memory.summary()]
     log.note(" · ".join(parts))
     if summary.merged:
-        log.note(f"wrote {settings.output}")
+        log.note(f"wrote {settings.output}: {summary.records:,} records")
 
 
 class Answers:

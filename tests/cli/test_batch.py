@@ -37,3 +37,12 @@ def test_errors_alone_end_with_1(batch, tmp_path):
     code, _, err = batch("--capacity=1")
     assert code == 1 and err.count("warning") == 2 and "3 errors" in err
     assert (tmp_path / "out.jsonl").exists()
+
+
+def test_a_host_tells_its_own_share(batch, mmx, tmp_path):
+    assert batch("--host=1", "--hosts=2")[0] == 0
+    code, _, err = batch("--host=0", "--hosts=2")
+    assert code == 0 and "answered 2 by this host, of 3 by all" in err
+    assert f"wrote {tmp_path / 'out.jsonl'}: 3 records" in err
+    code, _, err = batch("--host=0", "--hosts=2", "--distributed=on")
+    assert code == 2 and "--host and --distributed=on exclude each other" in err
