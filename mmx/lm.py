@@ -41,7 +41,12 @@ class LM:
 
     def logits(self, ids_BT) -> jax.Array:
         """Returns float32 logits [B, T, V] for token ids [B, T] (or [T], as a batch of one)."""
-        ids_BT = np.atleast_2d(np.asarray(ids_BT, np.int32))
+        try:
+            ids_BT = np.atleast_2d(np.asarray(ids_BT, np.int32))
+        except (ValueError, TypeError, OverflowError) as error:
+            raise UserError("The token ids are no array of whole numbers.",
+                            "They are [B, T], or [T]: all sequences of one length.",
+                            "Score sequences of different lengths one by one.") from error
         if ids_BT.size == 0 or ids_BT.min() < 0 or ids_BT.max() >= self.config.vocab_size:
             raise UserError("The token ids cannot be scored.",
                             f"They must be at least one, in 0 … {self.config.vocab_size - 1}.",
@@ -148,8 +153,7 @@ def load(path_or_id: str | Path = "nano", *, dtype: str | None = None,
     from mmx.checkpoint import load_config, load_params, locate
 
     one_arena()
-    if dtype is None:
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = dtype or default_dtype()
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r} is not supported.", "It is 'float32' or 'bfloat16'.",
                         "Leave it out for the usual one.")
@@ -184,6 +188,11 @@ def load(path_or_id: str | Path = "nano", *, dtype: str | None = None,
         params = quantize_params(params)
         params = lay(model.param_specs(config, dtype), params, turned)
     return LM(config, params, tokenizer, directory)
+
+
+def default_dtype() -> str:
+    """The dtype of weights and activations on this machine's devices where none is asked for."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def _check_room(name, config: ModelConfig, dtype: str, quantize: str | None) -> None:

@@ -55,6 +55,8 @@ def test_logits_are_those_of_the_model(lm):
     (lambda lm: lm.generate("A", temperature=-1), "temperature"),
     (lambda lm: lm.generate([[96]]), "vocabulary"),
     (lambda lm: lm.logits([[96]]), "token ids"),
+    (lambda lm: lm.logits([[5, 6], [7]]), "all sequences of one length"),
+    (lambda lm: lm.logits([["a"]]), "whole numbers"),
     (lambda lm: LM(lm.config, lm.params).generate("A"), "tokenizer"),
     (lambda lm: LM(lm.config, lm.params).chat([{"role": "user", "content": "A"}]), "tokenizer"),
     (lambda lm: mmx.load("no/such/dir"), "no/such/dir"),

@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mmx.batch.records import CHAT, PLAIN, Job, RecordError
@@ -55,6 +55,12 @@ def failure(error: RecordError, *, line: int, index: int, run: str) -> dict[str,
     body = {"error": {"message": message, "type": "invalid_request_error", "param": None,
                       "code": None}}
     return _openai(error.id, run, index, 400, body)
+
+
+def failed(line: Mapping[str, Any]) -> bool:
+    """Whether an output line is one of `failure`."""
+    response = line.get("response")
+    return response["status_code"] >= 400 if response else "error" in line
 
 
 def _openai(custom_id: Any, run: str, index: int, status: int, body: dict) -> dict[str, Any]:

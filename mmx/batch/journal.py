@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mmx.errors import UserError
+from mmx.obs import log
 
 _SYNC_RECORDS = 16
 _SYNC_SECONDS = 2.0
@@ -170,8 +171,9 @@ def merge(output: Path, indexes: Iterable[int]) -> None:
 def claim(output: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     """Binds the output to an input and settings, or checks that it is bound to the same.
 
-    `state` holds `input_sha256` and `settings`, a flat mapping of what determines the results.
-    Returns the state on disk. Raises UserError when it differs or the output is another's.
+    `state` holds `input_sha256`, `settings`, a flat mapping of what determines the results, and
+    maybe `may_change`, another of what does not: a change there is told. Returns the state on disk.
+    Raises UserError when it differs or the output is another's.
     """
     path = state_path(output)
     if not path.exists():
@@ -182,7 +184,9 @@ def claim(output: Path, state: Mapping[str, Any]) -> dict[str, Any]:
         _create(path, state)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        before, now = found["settings"], json.loads(json.dumps(state["settings"]))
+        before, now, free, now_free = map(dict, (
+            found["settings"], json.loads(json.dumps(state["settings"])),
+            found.get("may_change", {}), state.get("may_change", {})))
         digest = found["input_sha256"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"'{path}' is not a batch's state.", "It is written by this command.",
@@ -192,15 +196,24 @@ def claim(output: Path, state: Mapping[str, Any]) -> dict[str, Any]:
                         "A batch goes on only with the same input file.",
                         "Restore it, name another --output, or discard what was done with "
                         "--restart.")
-    changed = [f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-               for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    if changed:
+    # Older states hold all in one mapping, and None for a dtype that the device decided.
+    free |= {name: before.pop(name) for name in now_free if name in before}
+    if "dtype" in now and before.get("dtype") is None:
+        before["dtype"] = now["dtype"]
+    if moved := _differences(free, now_free or free):
+        log.note(f"since '{output}' was begun, {'; '.join(moved)}: what is done stays")
+    if changed := _differences(before, now):
         raise UserError(f"The settings are not those that '{output}' was begun with: "
                         f"{'; '.join(changed)}.",
                         "A batch goes on only with the settings that its results depend on.",
                         "Restore them, name another --output, or discard what was done with "
                         "--restart.")
     return found
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+            for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
 
 
 def _create(path: Path, state: Mapping[str, Any]) -> None:

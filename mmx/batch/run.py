@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +23,7 @@ class Summary:
     """What a call of `run_batch` did, and where the whole batch stands.
 
     `answered`, `errors`, token counts and `seconds` are of this call and host; `records` counts the
-    batch. `merged` tells that the output is complete.
+    batch. `merged` tells that the output is complete, `failed` that all its records are errors.
     """
 
     records: int
@@ -32,6 +34,7 @@ class Summary:
     completion_tokens: int
     seconds: float
     merged: bool
+    failed: bool = False
 
     @property
     def tokens_per_s(self) -> float:
@@ -67,6 +70,7 @@ class Answerer(Protocol):
 
 def run_batch(start: Callable[[], Answerer], input: Path, output: Path, *,
               sampling: SamplingParams, settings: Mapping[str, Any],
+              may_change: Mapping[str, Any] | None = None,
               restart: bool = False, host: int = 0, hosts: int = 1,
               barrier: Callable[[str], None] | None = None, together: bool = False) -> Summary:
     """Answers each record of a JSON Lines file once, however often the process is killed.
@@ -79,6 +83,8 @@ def run_batch(start: Callable[[], Answerer], input: Path, output: Path, *,
         seed and the record's place.
       settings: whatever else the answers depend on (model, precision, …), as JSON values; a resume
         with others is refused.
+      may_change: settings that the answers do not depend on (slots, …); a resume with others tells
+        so.
       restart: discard what an earlier run left.
       host, hosts: this process answers records `i % hosts == host`; host 0 waits for the others'
         journals on the shared file system and merges. Another run may have another `hosts`.
@@ -99,14 +105,16 @@ def run_batch(start: Callable[[], Answerer], input: Path, output: Path, *,
         if barrier:
             barrier("discard")
     output.parent.mkdir(parents=True, exist_ok=True)
+    new, fresh = not journal.state_path(output).exists(), False
     state = journal.claim(output, {
         "input_sha256": survey.sha256, "records": survey.count,
         "settings": {**settings, **_sampling_settings(sampling)},
+        "may_change": dict(may_change or {}),
         "started": int(time.time())})
     mine = range(survey.count) if together else range(host, survey.count, hosts)
     if output.exists():
         journal.tidy(output)
-        return Summary(survey.count, len(mine), 0, 0, 0, 0, 0.0, merged=True)
+        return Summary(survey.count, len(mine), 0, 0, 0, 0, 0.0, True, _all_failed(output))
     silent = together and host > 0
     done = journal.finished(output)
     if together:
@@ -120,8 +128,13 @@ def run_batch(start: Callable[[], Answerer], input: Path, output: Path, *,
         log.note(f"stopped: {len(journal.finished(output)):,} of {survey.count:,} records are "
                  "done; the same command goes on")
         raise
+    except UserError:  # no model, or no room for it: another try may have other settings
+        fresh = new and hosts == 1 and not journal.finished(output)
+        raise
     finally:
         book.close()
+        if fresh:
+            journal.discard(output)
     if host == 0 and hosts > 1 and not together:
         _await_hosts(output, survey.count, hosts)
     if barrier:
@@ -131,7 +144,12 @@ def run_batch(start: Callable[[], Answerer], input: Path, output: Path, *,
         journal.merge(output, range(survey.count))
         journal.tidy(output)
     return Summary(survey.count, run.resumed, run.answered, run.errors, run.prompt_tokens,
-                   run.completion_tokens, run.seconds, merged)
+                   run.completion_tokens, run.seconds, merged, merged and _all_failed(output))
+
+
+def _all_failed(output: Path) -> bool:
+    with open(output, encoding="utf-8") as file:
+        return all(answers.failed(json.loads(line)) for line in file)
 
 
 def _sampling_settings(sampling: SamplingParams) -> dict[str, Any]:
@@ -202,6 +220,7 @@ class _Run:
         self._created, self._id = state["started"], survey.sha256
         self._sampling, self._book, self._done, self._mine = sampling, book, done, mine
         self._jobs: dict[int, records.Job] = {}
+        self._told: dict[str, list[int]] = {}  # kind of error -> its lines
         self.resumed = sum(index in done for index in mine)
         self.answered = self.errors = self.prompt_tokens = self.completion_tokens = 0
         self.seconds = 0.0
@@ -213,6 +232,16 @@ class _Run:
             log.note(f"resuming: {self.resumed:,} of {len(self._mine):,} records are done")
         answerer = self._start()
         began = time.monotonic()
+        try:
+            self._answer(answerer, began)
+        finally:
+            for first, *others in self._told.values():
+                if others:
+                    log.warn(f"{len(others):,} more records failed as line {first} did, to line "
+                             f"{others[-1]}; the output tells each")
+        self.seconds = time.monotonic() - began
+
+    def _answer(self, answerer: Answerer, began: float) -> None:
         with Progress(len(self._mine), "records", title="batch", done=self.resumed) as progress:
             self._progress = progress
             for event in answerer.run(self._requests(answerer)):
@@ -221,7 +250,6 @@ class _Run:
                     self._write(answerer, self._jobs.pop(event.key), event.result)
                 rate = self.completion_tokens / max(time.monotonic() - began, 1e-9)
                 progress.update(int(event.result is not None), **{"tok/s": f"{rate:,.0f}"})
-        self.seconds = time.monotonic() - began
 
     def _requests(self, answerer: Answerer) -> Iterator[Request]:
         """Yields this host's open records; the engine takes them as it has room."""
@@ -249,7 +277,10 @@ class _Run:
                 index += 1
 
     def _refuse(self, error: records.RecordError, index: int, line_number: int) -> None:
-        log.warn(f"line {line_number}: {error}")
+        same = self._told.setdefault(re.sub(r"[\d.,]+", "", str(error)), [])
+        same.append(line_number)
+        if len(same) == 1:
+            log.warn(f"line {line_number}: {error}")
         self._book.append(index, answers.failure(error, line=line_number, index=index,
                                                  run=self._id))
         self.errors += 1

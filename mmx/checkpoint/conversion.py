@@ -6,7 +6,6 @@ from pathlib import Path
 from mmx.checkpoint.hf_export import (
     DEFAULT_SHARD_BYTES,
     SourceReader,
-    check_target,
     save_hf,
     write_hf,
 )
@@ -15,6 +14,7 @@ from mmx.checkpoint.hf_names import LAYOUTS, entries
 from mmx.checkpoint.hf_source import HfSource
 from mmx.checkpoint.load import load_params
 from mmx.checkpoint.locate import ORBAX_CONFIG, load_config, locate
+from mmx.checkpoint.target import check_target
 from mmx.errors import UserError
 from mmx.quant import check_mode
 
@@ -44,8 +44,8 @@ def convert(source: str | Path, target: str | Path, *, layout: str = "original",
                         "The published layouts are bfloat16, float16 or float32.",
                         f"Use layout '{ORBAX}', or quantise when loading.")
     began = time.monotonic()
-    folder, target = locate(source), Path(target).absolute()
     check_target(target, overwrite)
+    folder, target = locate(source), Path(target).absolute()
     config = load_config(folder)
     from_orbax = (folder / ORBAX_CONFIG).exists()
     common = dict(max_shard_bytes=max_shard_bytes, max_host_bytes=max_host_bytes,

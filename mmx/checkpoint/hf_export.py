@@ -19,6 +19,7 @@ from mmx.checkpoint.hf_import import check_host_bytes
 from mmx.checkpoint.hf_names import ORIGINAL, Entry, check_layout, entries
 from mmx.checkpoint.hf_source import HfSource, Region, copy_rows, cut
 from mmx.checkpoint.locate import copy_tokenizer, read_json
+from mmx.checkpoint.target import check_target
 from mmx.config import DIALECT_NATIVE, DIALECT_ORIGINAL, ModelConfig
 from mmx.errors import UserError
 from mmx.quant import contracted_axes
@@ -45,7 +46,7 @@ def save_hf(directory: str | Path, config: ModelConfig, params: Mapping[str, Any
     the layout's dialect), generation_config.json and the tokenizer files of `tokenizer_dir` are
     written beside `directory` and renamed, so that it is whole or absent. In a job of several
     processes all call it and process 0 writes. Raises UserError when the target exists, unless
-    `overwrite`.
+    `overwrite` is to replace a checkpoint (see `check_target`).
     """
     return write_hf(directory, config, ArrayReader(params), layout=layout, dtype=dtype,
                     tokenizer_dir=tokenizer_dir, max_shard_bytes=max_shard_bytes,
@@ -92,17 +93,6 @@ def write_hf(directory: str | Path, config: ModelConfig, read: ParamReader, *, l
             shutil.rmtree(beside, ignore_errors=True)
     atomic.barrier(f"written {directory}")
     return directory
-
-
-def check_target(directory: Path, overwrite: bool):
-    """Refuses a target that exists and holds something, and one that is a file."""
-    if directory.is_file():
-        raise UserError(f"{directory} is a file.", "A checkpoint is a directory.",
-                        "Name a directory that does not exist yet.")
-    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
-        raise UserError(f"{directory} exists and is not empty.",
-                        "A checkpoint is not written over other files.",
-                        "Name another directory, or ask to overwrite.")
 
 
 def plan_shards(tensors: Iterable[Entry], itemsize: int, max_bytes: int) -> list[list[Entry]]:

@@ -18,13 +18,13 @@ from jax.sharding import SingleDeviceSharding
 from mmx.checkpoint import atomic
 from mmx.checkpoint.hf_source import summary
 from mmx.checkpoint.locate import ORBAX_CONFIG, copy_tokenizer, read_json
+from mmx.checkpoint.target import ARRAYS, EXTRA, check_target
 from mmx.config import ModelConfig
 from mmx.errors import UserError
 from mmx.model import param_specs
 from mmx.quant import abstract_params, contracted_axes, lay, quantize, turned_back
 from pallas_kernels.quantized import QuantizedTensor
 
-_ARRAYS, _EXTRA = "arrays", "extra.json"
 _PARAMS, _REST = "params", "rest"
 _SEP = "|"  # paths of parameters hold slashes
 
@@ -35,9 +35,11 @@ def save(directory: str | Path, tree: Any, extra: Mapping | None = None,
 
     Every process of a job calls it with the same arguments on a file system they share. With
     `config` and a "params" entry in the tree the directory can be loaded as a model; the tokenizer
-    files of `tokenizer_dir` are copied into it.
+    files of `tokenizer_dir` are copied into it. Raises UserError where `directory` holds anything
+    but a checkpoint.
     """
     directory = Path(directory).absolute()
+    check_target(directory, overwrite=True)
     beside = atomic.beside(directory)
     if jax.process_index() == 0:
         atomic.begin(directory)
@@ -45,9 +47,9 @@ def save(directory: str | Path, tree: Any, extra: Mapping | None = None,
     groups: dict[str, dict[str, Any]] = {}
     for key, leaf in _flatten(tree).items():
         groups.setdefault(_group(key), {})[key] = jnp.asarray(leaf)
-    ocp.save_checkpointables(beside / _ARRAYS, groups)
+    ocp.save_checkpointables(beside / ARRAYS, groups)
     if jax.process_index() == 0:
-        atomic.write_json(beside / _EXTRA, dict(extra or {}))
+        atomic.write_json(beside / EXTRA, dict(extra or {}))
         if config is not None:
             atomic.write_json(beside / ORBAX_CONFIG, config.to_hf())
         if tokenizer_dir is not None:
@@ -63,7 +65,7 @@ def restore(directory: str | Path, abstract_tree: Any) -> tuple[Any, dict]:
     otherwise). Raises UserError naming every leaf that is missing, unknown or of another shape.
     """
     directory = Path(directory).absolute()
-    extra = read_json(directory / _EXTRA)
+    extra = read_json(directory / EXTRA)
     wanted = _flatten(abstract_tree)
     found = _shapes(directory)
     _compare(directory, {key: tuple(leaf.shape) for key, leaf in wanted.items()}, found)
@@ -185,9 +187,9 @@ def _shapes(directory: Path, group: str | None = None) -> dict[str, tuple[int, .
 
 
 def _metadata(directory: Path) -> dict[str, Any]:
-    arrays = directory / _ARRAYS
+    arrays = directory / ARRAYS
     if not arrays.is_dir():
-        raise UserError(f"{directory} is not a checkpoint.", f"One has {_ARRAYS}/ and {_EXTRA}.",
+        raise UserError(f"{directory} is not a checkpoint.", f"One has {ARRAYS}/ and {EXTRA}.",
                         "Check the path.")
     try:
         groups = ocp.checkpointables_metadata(arrays).metadata
@@ -226,7 +228,7 @@ def _load(directory: Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
     context.pytree.loading.partial_load = True
     try:
         with context:
-            loaded = ocp.load_checkpointables(directory / _ARRAYS, groups)
+            loaded = ocp.load_checkpointables(directory / ARRAYS, groups)
     except Exception as error:  # orbax and tensorstore raise unrelated types
         raise _broken(directory, error) from error
     return {key: leaf for group in loaded.values() for key, leaf in group.items()}
@@ -243,4 +245,4 @@ def _steps(root: Path) -> list[int]:
     if not root.is_dir():
         return []
     return [int(path.name) for path in root.iterdir()
-            if path.name.isdigit() and (path / _EXTRA).exists()]
+            if path.name.isdigit() and (path / EXTRA).exists()]

@@ -1,6 +1,7 @@
 """Answer every record of a JSON Lines file; a killed run goes on where it stopped.
 
-Records are {"id", "prompt" | "messages", sampling…} or OpenAI's batch requests.
+Records are {"id", "prompt" | "messages", sampling…} or OpenAI's batch requests. A record that
+cannot be answered has an error in its place; the exit code is 1 when all have.
 """
 
 import dataclasses
@@ -15,11 +16,13 @@ from mmx.cli.shared import (
     EngineSettings,
     ModelSettings,
     SamplingSettings,
+    check_output,
     enable_compilation_cache,
     sampling_params,
 )
 from mmx.errors import UserError
 from mmx.obs import log
+from mmx.sharding import distributed
 
 EXAMPLE = """
 mmx batch --model=nano --input=in.jsonl --output=out.jsonl --max_tokens=200
@@ -51,18 +54,22 @@ class BatchSettings(HostSettings, EngineSettings, SamplingSettings, ModelSetting
             raise UserError(f"host={self.host} of hosts={self.hosts} is no share.",
                             "Both are given, and host counts from 0.",
                             "Write for example --host=0 --hosts=4.")
+        if self.host is not None and self.distributed == distributed.ON:
+            raise UserError("--host and --distributed=on exclude each other.",
+                            "Hosts that --host numbers share a file system and nothing else.",
+                            "Leave one of them out.")
 
 
 Settings = BatchSettings
 
-# What the answers depend on besides the sampling, if only by rounding; a resume with other values
-# is refused.
-_DETERMINING = ("model", "random_weights", "dtype", "quantize", "kv_dtype", "capacity",
-                "prefill_chunk", "slots")
+# What the answers depend on besides the sampling; a resume with other values is refused.
+_DETERMINING = ("model", "random_weights", "quantize", "kv_dtype")
+# What they depend on by rounding at most; who runs out of memory lowers them and goes on.
+_MAY_CHANGE = ("capacity", "prefill_chunk", "slots")
 
 
-def run(call) -> None:
-    """Answers the records of this host, and merges on host 0."""
+def run(call) -> int:
+    """Answers the records of this host, and merges on host 0; 1 when every record failed."""
     settings = call.settings
     for name in ("input", "output"):
         if not getattr(settings, name):
@@ -78,23 +85,29 @@ def run(call) -> None:
             host, hosts = pod.index, pod.count
         else:
             log.set_process(host)
+        check_output(settings.output)
         call.announce()
         together = pod.count > 1 and spans_processes(settings.mesh)
         if together and settings.host is not None:
             raise UserError("--host is for hosts that each hold the whole model.",
                             f"The mesh '{settings.mesh}' needs the devices of several.",
                             "Leave out --host, or make the mesh smaller.")
+        from mmx.lm import default_dtype
+
         summary = run_batch(
             lambda: Answers(settings), Path(settings.input), Path(settings.output),
             sampling=sampling_params(settings), restart=settings.restart, host=host, hosts=hosts,
             barrier=pod.barrier if pod.count > 1 else None, together=together,
-            settings={name: getattr(settings, name) for name in _DETERMINING})
+            settings={**{name: getattr(settings, name) for name in _DETERMINING},
+                      "dtype": settings.dtype or default_dtype()},
+            may_change={name: getattr(settings, name) for name in _MAY_CHANGE})
         if host == 0:
             call.save(settings.output + ".config.gin")
-        _tell(settings, summary, pod.is_main)
+        _tell(settings, summary, pod.is_main, shared=hosts > 1 and not together)
+    return int(summary.failed)
 
 
-def _tell(settings: BatchSettings, summary, is_main: bool) -> None:
+def _tell(settings: BatchSettings, summary, is_main: bool, shared: bool) -> None:
     from mmx.obs import memory
 
     if not is_main:
@@ -105,6 +118,8 @@ def _tell(settings: BatchSettings, summary, is_main: bool) -> None:
             "host_peak_bytes": memory.host_peak_bytes(), "output": settings.output}))
         return
     done = f"answered {summary.answered:,} of {summary.records:,} records"
+    if shared:
+        done = f"answered {summary.answered:,} by this host, of {summary.records:,} by all"
     if summary.resumed:
         done += f" ({summary.resumed:,} before)"
     parts = [done, f"{summary.errors:,} error{'s' * (summary.errors != 1)}"]
@@ -113,7 +128,7 @@ def _tell(settings: BatchSettings, summary, is_main: bool) -> None:
                   f"{summary.tokens_per_s:,.1f} tok/s", memory.summary()]
     log.note(" · ".join(parts))
     if summary.merged:
-        log.note(f"wrote {settings.output}")
+        log.note(f"wrote {settings.output}: {summary.records:,} records")
 
 
 class Answers:

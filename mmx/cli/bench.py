@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from mmx.cli.settings import setting
-from mmx.cli.shared import enable_compilation_cache
+from mmx.cli.shared import check_output, enable_compilation_cache
 from mmx.errors import UserError
 
 EXAMPLE = """
@@ -94,9 +94,8 @@ def run(call) -> int:
     refuse(settings)
     numbers = {name: whole_numbers(name, getattr(settings, name)) for name in ("prompts", "batch")}
     output = Path(settings.output) if settings.output else None
-    if output is not None and output.exists() and not output.is_dir():
-        raise UserError(f"--output={settings.output!r} is not a folder.",
-                        "The files of a run lie in one.", "Name another.")
+    if output is not None:
+        check_output(settings.output, folder=True)
     if settings.peers:
         # Both libraries take memory of one device as they need it.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -5,6 +5,7 @@ import json
 
 from mmx.cli.hosts import refuse_several
 from mmx.cli.settings import setting
+from mmx.cli.shared import check_output
 from mmx.errors import UserError
 
 EXAMPLE = """
@@ -29,7 +30,9 @@ class ConvertSettings:
                                    group="Output", choices=("int8",))
     max_shard_bytes: int = setting(2_200_000_000, "Size of one safetensors file.", group="Output",
                                    low=1 << 20, size=True)
-    overwrite: bool = setting(False, "Replace what the output directory holds.", group="Output")
+    overwrite: bool = setting(
+        False, "Replace the checkpoint in the output directory, which may hold nothing else.",
+        group="Output")
     json: bool = setting(False, "Tell what was done as one JSON object.", group="Output")
 
 
@@ -45,6 +48,8 @@ def run(call) -> None:
     refuse_several("convert")
     from pathlib import Path
 
+    # It is written beside its place, then renamed.
+    check_output(str(Path(settings.output).absolute().parent), folder=True)
     from mmx.checkpoint import convert
     from mmx.obs import log, memory
     from mmx.obs.progress import Progress

@@ -5,7 +5,6 @@ Tokens stream to stdout as they come; speed and memory are told on stderr.
 
 import dataclasses
 import json
-import os
 import sys
 import time
 
@@ -15,6 +14,7 @@ from mmx.cli.shared import (
     EngineSettings,
     ModelSettings,
     SamplingSettings,
+    check_output,
     enable_compilation_cache,
     sampling_params,
 )
@@ -35,8 +35,9 @@ class GenerateSettings(HostSettings, EngineSettings, SamplingSettings, ModelSett
     prompt_file: str | None = setting(
         None, "A file with the text, '-' for stdin. Its last line break is left out.",
         group="Input", value="FILE")
-    chat: bool = setting(False, "The prompt is a user's message: apply the chat format.",
-                         group="Input")
+    chat: bool | None = setting(
+        None, "The prompt is a user's message: apply the chat format. --system and --tools imply "
+        "it.", group="Input")
     system: str | None = setting(None, "System message of the chat.", group="Input")
     tools: str | None = setting(
         None, "A JSON file with the list of functions that the chat offers.", group="Input",
@@ -57,6 +58,10 @@ def run(call) -> None:
     if settings.prompt is not None and settings.prompt_file is not None:
         raise UserError("--prompt and --prompt_file are both given.", "There is one prompt.",
                         "Leave one out.")
+    parts = _parts_of_chat(settings)
+    if settings.chat is False and parts:
+        raise UserError(f"--nochat and --{parts[0]} exclude each other.",
+                        f"--{parts[0]} is part of the chat format.", "Leave one out.")
     enable_compilation_cache(settings.compilation_cache)
     with joined(settings.distributed) as pod:
         _answer(call, pod)
@@ -75,7 +80,7 @@ def _answer(call, pod) -> None:
                 what, rule = "There is no prompt.", "A chat on a terminal is held by one process."
             raise UserError(what, rule, "Add --prompt=TEXT.")
         if settings.output:
-            _check_folder(os.path.dirname(settings.output) or ".")
+            check_output(settings.output, parents=False)
     from mmx.cli.session import Session
 
     began = time.monotonic()
@@ -87,7 +92,7 @@ def _answer(call, pod) -> None:
 
         hold_chat(session, settings, tools)
         return
-    ids, chat = None, settings.chat or settings.system is not None or settings.tools is not None
+    ids, chat = None, bool(settings.chat or _parts_of_chat(settings))
     if pod.is_main and chat:
         messages = [{"role": "user", "content": prompt}]
         if settings.system is not None:
@@ -119,6 +124,11 @@ def _answer(call, pod) -> None:
         call.save(settings.output + ".config.gin")
 
 
+def _parts_of_chat(settings: GenerateSettings) -> list[str]:
+    """The settings given that only a chat has a place for."""
+    return [name for name in ("system", "tools") if getattr(settings, name) is not None]
+
+
 def _check_mesh(mesh: str | None, processes: int) -> None:
     """Several processes answer one prompt only with one model over all their devices."""
     if not spans_processes(mesh):
@@ -126,12 +136,6 @@ def _check_mesh(mesh: str | None, processes: int) -> None:
         raise UserError(f"{processes} processes were started, and {given}.",
                         "They answer one prompt with one model over the devices of all.",
                         "Name a mesh as large as all devices, or start one process.")
-
-
-def _check_folder(folder: str) -> None:
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"The folder '{folder}' of --output cannot be written to.",
-                        "It must exist, with the right to write in it.", "Make it first.")
 
 
 def _to_stdout(piece: str) -> None:

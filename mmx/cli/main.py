@@ -63,7 +63,8 @@ class Call:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (without the program's name) and returns its exit code.
 
-    0 is success; 2 a mistake in the input, told on stderr; 130 an interrupt; 141 a closed pipe.
+    0 is success; 1 a check that failed, or a batch of errors alone; 2 a mistake in the input, told
+    on stderr; 130 an interrupt; 141 a closed pipe.
     """
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))

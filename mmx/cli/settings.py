@@ -94,7 +94,7 @@ def _check_one(label: str, kind: type, rule: Any, value: Any) -> None:
                         f"It is one of {', '.join(choices)}.", nearest(str(value), choices))
     if kind in (int, float) and (value != value or low is not None and value < low
                                  or high is not None and value > high):
-        raise UserError(what, f"It must be {_bounds(low, high)}.",
+        raise UserError(what, f"It must be {_bounds(rule)}.",
                         f"Write for example {label}={_sample(kind, rule)}.")
 
 
@@ -106,10 +106,18 @@ def _is_a(value: Any, kind: type) -> bool:
     return isinstance(value, kind)
 
 
-def _bounds(low: float | None, high: float | None) -> str:
-    if low is not None and high is not None:
-        return f"between {low:g} and {high:g}"
-    return f"{low:g} or more" if low is not None else f"at most {high:g}"
+def _bounds(rule: Any) -> str:
+    low, high = (_number(rule.get(end), rule) for end in ("low", "high"))
+    if low and high:
+        return f"between {low} and {high}"
+    return f"{low} or more" if low else f"at most {high}"
+
+
+def _number(value: float | None, rule: Any) -> str:
+    """A bound as its flag reads it; "" for none."""
+    if value is None:
+        return ""
+    return size_text(value) if rule.get("size") else str(value)
 
 
 def _sample(kind: type, rule: Any) -> str:
@@ -117,4 +125,4 @@ def _sample(kind: type, rule: Any) -> str:
         return "true"
     if kind is str:
         return "text"
-    return f"{rule.get('low') if rule.get('low') is not None else rule.get('high') or 1:g}"
+    return _number(rule.get("low"), rule) or _number(rule.get("high"), rule) or "1"

@@ -2,10 +2,12 @@
 
 import dataclasses
 import os
+import tempfile
 from pathlib import Path
 
 from mmx.cli.settings import setting
 from mmx.engine.request import SamplingParams
+from mmx.errors import UserError
 
 _HELP = {
     "max_tokens": "Most tokens to write.",
@@ -73,6 +75,33 @@ class EngineSettings:
                                  group="Engine", low=1)
     kv_dtype: str | None = setting(None, "Number format of cached keys and values.",
                                    group="Engine", choices=("float32", "bfloat16"))
+
+
+def check_output(path: str, flag: str = "output", folder: bool = False,
+                 parents: bool = True) -> None:
+    """Refuses, at the start, an output that could not be written at the end; leaves nothing behind.
+
+    Args:
+      path: a file, or with `folder` a directory, that a verb is to write.
+      flag: which setting named it.
+      parents: whether the verb makes the directories above it that are missing.
+    Raises UserError for a path of the other kind, and one where no file can be made.
+    """
+    place = Path(path).absolute()
+    kind = "folder" if folder else "file"
+    if place.exists() and not (place.is_dir() if folder else place.is_file()):
+        raise UserError(f"--{flag}={path!r} is not a {kind}.", f"A {kind} is written there.",
+                        "Name another.")
+    within = place if folder else place.parent
+    while parents and not within.exists():
+        within = within.parent
+    try:
+        with tempfile.TemporaryFile(dir=within):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"The folder '{within}' of --{flag} cannot be written to ({error.strerror.lower()}).",
+            "It must exist, with the right to write in it.", "Name another place.") from None
 
 
 def enable_compilation_cache(directory: str = "") -> None:

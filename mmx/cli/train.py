@@ -4,6 +4,7 @@ import dataclasses
 
 from mmx.cli.hosts import HostSettings, joined
 from mmx.cli.settings import setting
+from mmx.cli.shared import check_output
 from mmx.data.pipeline import SourceConfig
 from mmx.train.config import DTYPES, EXPORTS, EvalConfig, OptimizerConfig, TrainConfig
 
@@ -78,6 +79,8 @@ def _train(call, config: TrainConfig, is_main: bool) -> int:
     from mmx.text import load_tokenizer
     from mmx.train.loop import TERMINATED, load_config, train
 
+    if is_main:
+        check_output(config.run, "run", folder=True)
     model_config = load_config(config.model)
     tokenizer = load_tokenizer(config.tokenizer)
     call.announce()

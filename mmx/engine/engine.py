@@ -101,6 +101,9 @@ class Engine:
         self._ids_B = self._active_B = None
         self._running: list[Output | None] = [None] * slots
         self._busy = False
+        smallest_capacity = self._capacity_for(1)
+        self._check_memory(smallest_capacity,
+                           f"Room for sequences of {smallest_capacity:,} tokens")
 
     @property
     def compile_count(self) -> int:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from mmx.errors import UserError
 from mmx.parallel import experts, lasp, ring, rows
 from mmx.parallel.ops import NO_CHOICE, Ops, first_query, pad_slots, write_rows
-from mmx.sharding.rules import Rules, axes_of, check_mesh, partition
+from mmx.sharding.rules import Rules, axes_of, check_axes, partition
 from pallas_kernels import attention, lightning_attention, partial_attention
 
 
@@ -30,7 +30,7 @@ class MeshOps(Ops):
 
     def __init__(self, mesh: Mesh, rules: Rules, names: Mapping[str, str] = NO_CHOICE):
         super().__init__(names)
-        check_mesh(mesh)
+        check_axes(mesh.shape)
         self.mesh, self.rules = mesh, rules
 
     def spec(self, shape, *logical) -> P:

@@ -8,6 +8,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from mmx.errors import UserError
+from mmx.sharding.rules import check_axes
 
 
 def parse_axes(text: str) -> dict[str, int]:
@@ -31,9 +32,10 @@ def parse_mesh(text: str) -> Mesh:
 
     The axes are laid over the first devices of all processes in their order, the last axis
     changing fastest; over the whole of a TPU slice as its torus suits. Raises UserError for text
-    of another form, an axis named twice, or more devices than there are.
+    of another form, an axis unknown or named twice, or more devices than there are.
     """
     axes = parse_axes(text)
+    check_axes(axes)
     need, devices = math.prod(axes.values()), jax.devices()
     if need > len(devices):
         raise UserError(f"The mesh '{text}' needs {need} devices.",

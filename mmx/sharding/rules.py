@@ -116,14 +116,14 @@ def param_shardings(specs: Mapping[str, Any], mesh: Mesh,
     `specs` are those of `mmx.model.param_specs`: each has a path, a shape and logical axes. Raises
     UserError for a mesh axis of another name, and for a dimension that does not divide.
     """
-    check_mesh(mesh)
+    check_axes(mesh.shape)
     return {path: NamedSharding(mesh, _checked(spec, mesh, rules))
             for path, spec in specs.items()}
 
 
-def check_mesh(mesh: Mesh) -> None:
+def check_axes(sizes: Mapping[str, int]) -> None:
     """Raises UserError for a mesh axis that no rule uses."""
-    for name, size in mesh.shape.items():
+    for name, size in sizes.items():
         if size > 1 and name not in AXES:
             raise UserError(f"The mesh axis '{name}' is unknown.",
                             f"Axes are {', '.join(AXES)}.", "Rename it, for example 'tensor=8'.")

@@ -16,6 +16,7 @@ import numpy as np
 
 from mmx import config as geometry
 from mmx import flops, model
+from mmx.checkpoint.target import check_target
 from mmx.data import pipeline
 from mmx.data.sources import open_cache
 from mmx.errors import UserError
@@ -31,6 +32,7 @@ FINISHED, OUT_OF_TIME, TERMINATED = "finished", "out of time", "terminated"
 # Steps queued on the device before the host waits: enough to hide it, few enough that a
 # non-finite loss is seen within two steps.
 _IN_FLIGHT = 2
+EXPORT = "export"  # folder of a run
 _EVAL_SEED = 1 << 20  # generated samples of evaluations are none of training's
 
 
@@ -70,6 +72,8 @@ class _Run:
         self.began = time.monotonic()
         self.config, self.model_config, self.tokenizer = config, model_config, tokenizer
         self.run = Path(config.run)
+        if config.export != "never":  # known now, not after the last step
+            check_target(self.run / EXPORT, overwrite=True)
         self.mesh = steps.data_mesh()
         self._check_devices()
         self.optimizer = make_optimizer(config.optimizer)
@@ -339,7 +343,7 @@ class _Run:
             return None
         from mmx.checkpoint.hf_export import save_hf
 
-        folder = self.run / "export"
+        folder = self.run / EXPORT
         save_hf(folder, self.model_config, params, layout="original", dtype="bfloat16",
                 tokenizer_dir=self.config.tokenizer, overwrite=True)
         return folder

@@ -130,6 +130,34 @@ def test_changed_sampling_is_refused(tmp_path):
         batch(source, out, sampling=SamplingParams(seed=2))
 
 
+def test_what_answers_do_not_depend_on_may_change(tmp_path, capsys):
+    source, out = write(tmp_path / "in.jsonl", prompts(5)), tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        batch(source, out, StandIn(stop_after=2), may_change={"slots": 8, "capacity": None})
+    capsys.readouterr()
+    summary = batch(source, out, may_change={"slots": 2, "capacity": None})
+    assert (summary.resumed, summary.answered) == (2, 3)
+    told = [line for line in capsys.readouterr().err.splitlines() if "slots" in line]
+    assert len(told) == 1 and "slots was 8 and is 2: what is done stays" in told[0]
+
+
+def test_a_state_of_an_older_version_goes_on_and_dtypes_that_are_known_must_agree(tmp_path):
+    """Those held slots among the settings, and no dtype unless it was given."""
+    source, out = write(tmp_path / "in.jsonl", prompts(5)), tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        batch(source, out, StandIn(stop_after=2),
+              settings={"model": "m", "dtype": None, "slots": 8})
+    state = json.loads(journal.state_path(out).read_text())
+    del state["may_change"]
+    journal.state_path(out).write_text(json.dumps(state))
+    now = {"settings": {"model": "m", "dtype": "float32"}, "may_change": {"slots": 2}}
+    assert batch(source, out, **now).resumed == 2
+    state["settings"]["dtype"] = "bfloat16"
+    journal.state_path(out).write_text(json.dumps(state))
+    with pytest.raises(UserError, match="dtype was 'bfloat16' and is 'float32'"):
+        batch(source, out, **now)
+
+
 @pytest.mark.parametrize("hosts", [2, 3])
 def test_hosts_share_the_records_and_host_0_merges(tmp_path, hosts):
     source, out = write(tmp_path / "in.jsonl", prompts(20)), tmp_path / "out.jsonl"
@@ -170,6 +198,34 @@ def test_broken_lines_are_told_and_the_rest_is_done(tmp_path, capsys):
     assert [(one["id"], "error" in one) for one in found] == [
         ("a", False), (1, True), ("c", True), ("d", True), ("e", False)]
     assert found[1]["line"] == 3 and "line 3" in found[1]["error"]
+
+
+def test_errors_alone_are_a_failure_and_told_once(tmp_path, capsys):
+    source = write(tmp_path / "in.jsonl", [{"prompt": "x" * (20 + i)} for i in range(30)])
+    assert batch(source, tmp_path / "out.jsonl", StandIn(limit=10)).failed
+    told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(told) == 2 and "line 1: The prompt has 20 tokens" in told[0]
+    assert "29 more records failed as line 1 did, to line 30" in told[1]
+    assert batch(source, tmp_path / "out.jsonl").failed  # known of a finished one, too
+    write(source, [{"custom_id": "a", "url": records.COMPLETIONS, "body": {"prompt": "x" * 20}}])
+    assert batch(source, tmp_path / "openai.jsonl", StandIn(limit=10)).failed
+    assert not batch(source, tmp_path / "good.jsonl").failed
+
+
+def test_a_model_that_does_not_load_leaves_nothing(tmp_path):
+    def start():
+        raise UserError("There is no room.")
+
+    source, out = write(tmp_path / "in.jsonl", prompts(3)), tmp_path / "out.jsonl"
+    options = {"sampling": SamplingParams(), "settings": {}}
+    with pytest.raises(UserError, match="no room"):
+        run.run_batch(start, source, out, **options)
+    assert list(tmp_path.iterdir()) == [source]
+    with pytest.raises(KeyboardInterrupt):
+        run.run_batch(lambda: StandIn(stop_after=1), source, out, **options)
+    with pytest.raises(UserError, match="no room"):
+        run.run_batch(start, source, out, **options)
+    assert len(journal.finished(out)) == 1 and journal.state_path(out).exists()
 
 
 @pytest.mark.parametrize("make, words", [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mmx.checkpoint import convert, hf_export, load_config, load_params, save_hf
+from mmx.checkpoint import convert, hf_export, load_config, load_params, orbax_io, save_hf
 from mmx.checkpoint.hf_export import plan_shards, shard_names
 from mmx.checkpoint.hf_names import LAYOUTS, entries
 from mmx.config import ModelConfig
@@ -137,10 +137,49 @@ def test_targets_that_are_taken(checkpoints, config, tmp_path):
     save_hf(out, config, params)
     with pytest.raises(UserError, match="not empty"):
         save_hf(out, config, params)
-    (out / "stale").write_text("")
+    stale = out / "model-00007-of-00009.safetensors"
+    stale.write_text("")
     save_hf(out, config, params, "transformers", overwrite=True)
-    assert not (out / "stale").exists() and load_config(out) == config
+    assert not stale.exists() and load_config(out) == config
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "orbax"])
+def test_only_a_checkpoint_is_overwritten(checkpoints, tmp_path, layout):
+    """Whatever a writer makes is replaced; anything else beside it is kept, and nothing is read."""
+    out = tmp_path / "out"
+    for _ in range(2):
+        convert(checkpoints["original"], out, layout=layout, max_shard_bytes=100_000,
+                overwrite=True)
+    for name in ("notes.txt", "adapter.safetensors", "arrays/x.npy", "src/main.py"):
+        path = out / name
+        if layout == "orbax" and name.startswith("arrays"):
+            continue
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+        before = sorted(out.rglob("*"))
+        with pytest.raises(UserError, match=f"holds '{name.split('/')[0]}', which is no part"):
+            convert("no/such/model", out, layout=layout, overwrite=True)
+        assert sorted(out.rglob("*")) == before
+        path.unlink()
+        if path.parent != out:
+            path.parent.rmdir()
+
+
+def test_the_folder_that_one_is_in_is_not_overwritten(checkpoints, config, tmp_path, monkeypatch):
+    _, params = load_params(checkpoints["original"])
+    home, work = tmp_path / "home", tmp_path / "project" / "work"
+    home.mkdir()
+    work.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(work)
+    for target in (".", "..", "../work", work, tmp_path, "/", home):
+        with pytest.raises(UserError, match="(working|home) directory, or above it"):
+            save_hf(target, config, params, overwrite=True)
+        with pytest.raises(UserError, match="(working|home) directory, or above it"):
+            orbax_io.save_model(target, config, params)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "project"]
+    assert not list(work.iterdir()) and not list(home.iterdir())
 
 
 def test_place_that_cannot_be_written(checkpoints, config, tmp_path):

@@ -103,6 +103,11 @@ def test_chat_format(mmx, checkpoint, tmp_path):
     counts = [found["usage"]["prompt_tokens"] for found in (chat, system, tools)]
     assert 2 < counts[0] < min(counts[1:])
     assert chat["tool_calls"] == []
+    plain = report(mmx, checkpoint, "--prompt=hi", "--nochat")
+    assert plain["usage"]["prompt_tokens"] == 2
+    for flag in ("--system=be brief", f"--tools={tmp_path / 'tools.json'}"):
+        code, _, err = mmx("generate", f"--model={checkpoint}", "--prompt=hi", "--nochat", flag)
+        assert code == 2 and "--nochat and --" in err and "exclude each other" in err
 
 
 def test_output_and_its_config_beside(mmx, checkpoint, tmp_path):

@@ -50,6 +50,17 @@ def test_what_does_not_fit_is_told(values, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("low, words", [(1 << 20, "1MiB"), (1_500_001, "1500001")])
+def test_the_size_that_is_advised_is_accepted(low, words):
+    @dataclasses.dataclass(frozen=True)
+    class Sized:
+        room: int = setting(low, "", low=low, size=True)
+
+    with pytest.raises(UserError, match=f"{words} or more. Write for example --room={words}."):
+        settings.check(Sized(1))
+    settings.check(Sized(settings.parse_size(words)))
+
+
 @pytest.mark.parametrize("text, size", [
     ("0", 0), ("512", 512), ("2GiB", 2 << 30), ("2 gib", 2 << 30), ("1.5KB", 1500),
     ("1e6", 10**6), ("3M", 3 * 10**6)])

@@ -139,6 +139,15 @@ def test_export_loads_as_a_model_and_starts_another_run(settings, whole, tmp_pat
     np.testing.assert_array_equal(state.params["head/weight"], params["head/weight"])
 
 
+def test_an_export_that_would_take_foreign_files_is_refused_at_the_start(settings, tmp_path):
+    notes = tmp_path / "run" / "export" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    with pytest.raises(UserError, match="holds 'notes.txt'"):
+        train(dataclasses.replace(settings, run=str(tmp_path / "run"), export="end"))
+    assert notes.read_text() == "mine" and os.listdir(tmp_path / "run") == ["export"]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(settings, tmp_path):
     rule = OptimizerConfig(peak_lr=1e38, warmup_steps=0)
     config = dataclasses.replace(settings, run=str(tmp_path / "run"), optimizer=rule)
