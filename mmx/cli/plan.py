@@ -39,8 +39,8 @@ class PlanSettings:
     moe_capacity: float = setting(0.0, "An expert takes at most this multiple of its equal share "
                                   "of a training batch's tokens; 0: all.", low=0)
     mesh: str | None = setting(None, "Lay the devices out so, for example expert=4,tensor=8; axes "
-                               "are slice, data, sequence, expert, tensor. The likeliest if not "
-                               "given.",
+                               "are slice, data, sequence, expert, tensor. The likeliest that "
+                               "fits if not given.",
                                value="AXIS=SIZE,…")
     meshes: int = setting(1, "Compile this many of the likeliest meshes and rank them.", low=1,
                           high=32)
@@ -75,13 +75,8 @@ def run(call) -> int:
     if settings.mesh:
         chosen = [meshes.share(job, topology.check_axes(pod, parse_axes(settings.mesh)))]
     else:
-        chosen = meshes.candidates(job, pod)[:settings.meshes]
-    fits = []
-    for number, one in enumerate(chosen, 1):
-        count = f" ({number} of {len(chosen)})" if len(chosen) > 1 else ""
-        with Waiting(f"compiling {name} for {pod.name} on {one.text}{count} …"):
-            fits.append(fit.compile_fit(job, pod, one.axes))
-    fits.sort(key=lambda one: (not one.fits, one.estimate.step_s if one.estimate else 0.0))
+        chosen = meshes.candidates(job, pod)
+    fits = fit.try_meshes(job, pod, chosen, settings.meshes, Waiting)
     best, found = fits[0], {}
     if settings.search and best.fits:
         found = {what: fit.largest(best, what, Waiting) for what in ("batch", "context")}

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mmx.errors import UserError
@@ -16,6 +16,7 @@ GIB = 2**30
 # cuDNN builds its programs on a GPU alone.
 GPU_NOTE = ("softmax attention compiled as blocks in XLA, where a GPU takes cuDNN's: its bytes, "
             "and the time of a long context, are too high")
+TRIES = 5  # meshes compiled before the answer is no
 _NEED = re.compile(r"\(([\d.]+)([MGT])\) exceeds available|"
                    r"[Uu]sed ([\d.]+)([MGT]) of ([\d.]+)([MGT]) hbm")
 _UNIT = {"M": 2**20, "G": 2**30, "T": 2**40}
@@ -106,6 +107,24 @@ def compile_fit(job: Job, pod: Pod, axes: Mapping[str, int]) -> Fit:
         hlo.dots_by_type(text), hlo.bytes_accessed(text), exchanged, pod.chip, mesh)
     return Fit(job, pod, axes, memory, limit, exchanged, estimate, spent, hlo.kernels(text),
                versions)
+
+
+def try_meshes(job: Job, pod: Pod, chosen: Sequence[meshes.Candidate], count: int = 1,
+               waiting: Callable = contextlib.nullcontext) -> list[Fit]:
+    """Compiles the first `count` of the meshes `chosen`, and up to TRIES in all until one fits.
+
+    Returns them, the fastest that fits first; where none does, the one that needs least.
+    `waiting(text)` gives a context for each compilation.
+    """
+    found: list[Fit] = []
+    for number, one in enumerate(chosen[:max(count, TRIES)], 1):
+        if number > count and any(fit.fits for fit in found):
+            break
+        ordinal = f" (mesh {number})" if number > 1 else ""
+        with waiting(f"compiling for {pod.name} on {one.text}{ordinal} …"):
+            found.append(compile_fit(job, pod, one.axes))
+    return sorted(found, key=lambda fit: (
+        not fit.fits, fit.estimate.step_s if fit.fits and fit.estimate else fit.memory.total))
 
 
 def _needed(message: str) -> int | None:

@@ -1,7 +1,9 @@
 """A plan as text for people."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
+from mmx.plan import meshes
 from mmx.plan.fit import GIB, GPU_NOTE, Fit
 
 _PARTS = (("weights", "weights"), ("keys_values", "keys and values"),
@@ -52,9 +54,22 @@ def text(name: str, fit: Fit, largest: Mapping[str, int | None], others: Sequenc
         lines.append(f"  also {other.mesh_text}: {other.memory.total / GIB:.2f} GiB, {step}, "
                      f"{'fits' if other.fits else 'does not fit'}")
     if not fit.fits:
+        if others:
+            lines += ["", f"  None of the {1 + len(others)} likeliest meshes fits; the first here "
+                      "needs least."]
+        lines += _even(fit)
         lines += ["", "  More or larger devices, --quantize=int8, or a smaller --batch or "
                   "--context would need less."]
     return "\n".join(lines)
+
+
+def _even(fit: Fit) -> list[str]:
+    """A line where the next batch that lies evenly over the mesh would need less than this one."""
+    job, step = fit.job, meshes.batch_step(fit.job, fit.axes)
+    even = dataclasses.replace(job, batch=-(-job.batch // step) * step)
+    less = meshes.share(job, fit.axes).held - meshes.share(even, fit.axes).held
+    return [f"  A batch of {job.batch:,} does not lie evenly over this mesh; --batch={even.batch} "
+            f"takes {less / GIB:.2f} GiB less."] if less > 0 else []
 
 
 def _traffic(fit: Fit) -> list[str]:

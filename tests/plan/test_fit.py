@@ -34,7 +34,9 @@ def test_candidates_use_every_device_and_put_what_fits_first(pod, mode):
     assert len(found) == len({one.text for one in found}) > 3
     assert all(math.prod(one.axes.values()) == pod.devices for one in found)
     limit = 0.9 * pod.chip.hbm_gib * GIB
-    crowded = [one.held > limit for one in found]
+    # At tensor=16 experts have 576 columns: a TPU copies them, which `held` does not count.
+    crowded = [one.held > limit for one in found
+               if pod.chip.platform == "cuda" or one.axes.get("tensor", 1) < 16]
     assert crowded == sorted(crowded) and not crowded[0]
 
 
@@ -124,6 +126,46 @@ def test_the_largest_batch_is_confirmed_by_compiling(monkeypatch):
     best = fit.largest(a_fit(28.0), "batch")
     assert best % 4 == 0 and 26.75 + 0.1 * best <= 31.24 < 26.75 + 0.1 * (best + 8)
     assert tried[-1] == best
+
+
+def tried(monkeypatch, total_gib: dict[str, float], count: int = 1, **job):
+    """`try_meshes` over the meshes named, which need so much, and those compiled, in order."""
+    compiled, job = [], Job(TEXT01, **job)
+
+    def compile_fit(job, pod, axes):
+        text = meshes.share(job, axes).text
+        compiled.append(text)
+        return dataclasses.replace(a_fit(total_gib[text]), job=job, axes=axes)
+
+    monkeypatch.setattr(fit, "compile_fit", compile_fit)
+    chosen = [meshes.share(job, parse_axes(text)) for text in total_gib]
+    return fit.try_meshes(job, parse_pod("v6e:4x8"), chosen, count), compiled
+
+
+def test_the_next_meshes_are_compiled_before_a_no(monkeypatch):
+    needs = {"expert=2,tensor=16": 48.0, "expert=4,tensor=8": 28.0, "expert=8,tensor=4": 29.0}
+    fits, compiled = tried(monkeypatch, needs)
+    assert compiled == list(needs)[:2] and fits[0].fits and fits[0].mesh_text == compiled[1]
+    assert len(tried(monkeypatch, needs, count=3)[1]) == 3
+
+
+def test_a_no_names_how_many_were_tried_and_the_batch_that_divides(monkeypatch):
+    needs = {"expert=2,tensor=16": 48.0, "expert=4,tensor=8": 40.0, "expert=8,tensor=4": 41.0,
+             "expert=16,tensor=2": 42.0, "expert=32": 43.0, "data=2,tensor=16": 60.0}
+    fits, compiled = tried(monkeypatch, needs, batch=37)
+    assert len(compiled) == fit.TRIES and not fits[0].fits
+    assert fits[0].mesh_text == "expert=4,tensor=8"
+    text = report.text("text01", fits[0], {}, fits[1:])
+    assert "None of the 5 likeliest meshes fits" in text and "--batch=40 takes 0." in text
+    text = report.text("text01", tried(monkeypatch, needs, batch=32)[0][0], {}, [])
+    assert "evenly" not in text and "None of" not in text
+
+
+@pytest.mark.parametrize("mode, batch", [("decode", 37), ("decode", 32), ("long", 37)])
+def test_experts_of_ragged_columns_come_late(mode, batch):
+    """A TPU copies gate and up of 576 columns (9,216 over 16), 21 GiB on a device of v6e:4x8."""
+    found = [one.text for one in meshes.candidates(Job(TEXT01, mode, batch), parse_pod("v6e:4x8"))]
+    assert found[0] == "expert=4,tensor=8" and "expert=2,tensor=16" not in found[:3]
 
 
 def run_plan(*arguments):
