@@ -15,6 +15,7 @@ mmx plan --model=text01 --pod=h200:1x8 --quantize=int8 --search
 mmx plan --model=text01 --pod=v5p-32 --mode=long --context=1048576 --json
 """
 DOES_NOT_FIT = 3
+_MOST = 2**31 - 1  # positions and rows are 32-bit integers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +28,8 @@ class PlanSettings:
                         "prompt. long: a chunk of few long prompts. train: one step.",
                         choices=("decode", "prefill", "long", "train"))
     batch: int | None = setting(None, "Sequences at once; 32 (1 for long, 64 to train) if not "
-                                "given.", low=1)
-    context: int = setting(8192, "Tokens that each sequence can hold.", low=1)
+                                "given.", low=1, high=_MOST)
+    context: int = setting(8192, "Tokens that each sequence can hold.", low=1, high=_MOST)
     chunk: int = setting(2048, "Tokens of each prompt that one step consumes (prefill, long).",
                          low=1)
     quantize: str | None = setting(None, "Hold the large matrices in 8 bits.", choices=("int8",))

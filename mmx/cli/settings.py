@@ -108,8 +108,12 @@ def _is_a(value: Any, kind: type) -> bool:
 
 def _bounds(low: float | None, high: float | None) -> str:
     if low is not None and high is not None:
-        return f"between {low:g} and {high:g}"
-    return f"{low:g} or more" if low is not None else f"at most {high:g}"
+        return f"between {_number(low)} and {_number(high)}"
+    return f"{_number(low)} or more" if low is not None else f"at most {_number(high)}"
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _sample(kind: type, rule: Any) -> str:

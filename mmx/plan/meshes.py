@@ -81,13 +81,14 @@ def share(job: Job, axes: Mapping[str, int]) -> Candidate:
                         axis_types=(AxisType.Auto,) * len(axes))
     rules, weights = job.rules, 0
     specs = model.param_specs(job.config, job.dtype)
-    for path, leaf in quant.abstract_params(job.config, job.dtype, job.quantize).items():
+    dtype = "float32" if job.mode == "train" else job.dtype
+    for path, leaf in quant.abstract_params(job.config, dtype, job.quantize).items():
         names = [None if name == "layers" else name for name in specs[path].axes]
         parts = _parts(partition(rules, mesh, specs[path].shape, names), mesh)
         leaves = (leaf.values, leaf.scale) if hasattr(leaf, "scale") else (leaf,)
         weights += sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves) // parts
     if job.mode == "train":
-        return Candidate(axes, 2 * weights, 0, 4 * weights)  # float32, and two moments of it
+        return Candidate(axes, weights, 0, 2 * weights)  # two moments of each
     tensor = axes.get("tensor", 1)
     heads = max(job.config.num_kv_heads, tensor)
     shapes = caches.cache_shapes(job.config, job.batch, job.context, job.kv_dtype, heads)

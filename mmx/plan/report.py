@@ -24,7 +24,8 @@ def text(name: str, fit: Fit, largest: Mapping[str, int | None], others: Sequenc
     lines.append(f"  {'FITS' if fit.fits else 'DOES NOT FIT'}: {fit.memory.total / GIB:.2f} of "
                  f"{fit.limit / GIB:.2f} GiB per device, "
                  + (f"{spare:.2f} to spare" if fit.fits else f"{-spare:.2f} too much")
-                 + f"  (compiled in {fit.compile_s:.0f} s, not run)")
+                 + (f"  (compiled in {fit.compile_s:.0f} s, not run)" if fit.compiled
+                    else f"  ({fit.note})"))
     lines += ["", "  GiB per device"]
     for field, label in _PARTS:
         size = getattr(fit.memory, field)

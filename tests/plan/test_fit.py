@@ -168,6 +168,41 @@ def test_experts_of_ragged_columns_come_late(mode, batch):
     assert found[0] == "expert=4,tensor=8" and "expert=2,tensor=16" not in found[:3]
 
 
+@pytest.mark.parametrize("mode, batch", [("decode", 20_000), ("decode", 2**31 - 1),
+                                         ("prefill", 200_000), ("train", 64)])
+def test_what_is_held_is_refused_before_compiling(monkeypatch, mode, batch):
+    monkeypatch.setattr(topology, "make_mesh", lambda pod, axes: None)
+    monkeypatch.setattr(fit, "compile_step", lambda job, mesh: pytest.fail("compiled"))
+    job, pod = Job(TEXT01, mode, batch), parse_pod("v6e:4x8")
+    fits = fit.try_meshes(job, pod, meshes.candidates(job, pod), waiting=pytest.fail)
+    assert len(fits) == fit.TRIES and not any(one.fits for one in fits)
+    memory = fits[0].memory
+    assert memory.total == sum((memory.weights, memory.keys_values, memory.states,
+                                memory.optimizer)) > fits[0].limit
+    text = report.text("text01", fits[0], {}, fits[1:])
+    assert "DOES NOT FIT" in text and "not compiled" in text and "compiled in" not in text
+    assert ("optimiser moments" if mode == "train" else "keys and values") in text
+    assert not fits[0].to_json()["compiled"] and "not compiled" in fits[0].to_json()["note"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory "
+                                                               "allocating 9 bytes.")])
+def test_a_compiler_that_takes_all_memory_is_a_sentence(monkeypatch, error):
+    def compile_step(job, mesh):
+        raise error
+
+    monkeypatch.setattr(topology, "make_mesh", lambda pod, axes: None)
+    monkeypatch.setattr(fit, "compile_step", compile_step)
+    with pytest.raises(UserError, match="memory of this machine ran out while it compiled"):
+        fit.compile_fit(Job(TEXT01), parse_pod("v6e:4x8"), {"expert": 4, "tensor": 8})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_training_holds_float32_whatever_the_activations(dtype):
+    one = meshes.share(Job(TEXT01, "train", dtype=dtype), {"tensor": 1})
+    assert (one.weights, one.states) == (4 * 456_089_655_296, 8 * 456_089_655_296)
+
+
 def run_plan(*arguments):
     return subprocess.run([sys.executable, "-m", "mmx", "plan", *arguments], capture_output=True,
                           text=True, check=False)
@@ -189,7 +224,9 @@ def test_shipped_meshes_lie_on_their_pods(path):
 def test_mistakes_are_sentences():
     for arguments, word in ((["--pod=v9:4x4"], "unknown"), (["--mode=serve"], "choice"),
                             (["--pod=v6e:4x8", "--mesh=tensor=3"], "devices"),
-                            (["--pod=v6e:4x8", "--mesh=model=32"], "unknown")):
+                            (["--pod=v6e:4x8", "--mesh=model=32"], "unknown"),
+                            (["--context=100000000000"], "between 1 and 2147483647"),
+                            (["--batch=100000000000"], "between 1 and 2147483647")):
         done = run_plan(*arguments)
         assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr
 
