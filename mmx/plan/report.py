@@ -65,12 +65,13 @@ def text(name: str, fit: Fit, largest: Mapping[str, int | None], others: Sequenc
 
 
 def _even(fit: Fit) -> list[str]:
-    """A line where the next batch that lies evenly over the mesh would need less than this one."""
+    """A line where the next batch that lies evenly over the mesh would fit, as far as is known."""
     job, step = fit.job, meshes.batch_step(fit.job, fit.axes)
     even = dataclasses.replace(job, batch=-(-job.batch // step) * step)
     less = meshes.share(job, fit.axes).held - meshes.share(even, fit.axes).held
+    enough = less > 0 and fit.memory.total - less <= fit.limit
     return [f"  A batch of {job.batch:,} does not lie evenly over this mesh; --batch={even.batch} "
-            f"takes {less / GIB:.2f} GiB less."] if less > 0 else []
+            f"takes {less / GIB:.2f} GiB less."] if enough else []
 
 
 def _traffic(fit: Fit) -> list[str]:
