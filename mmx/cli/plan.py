@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 
+from mmx.cli.interrupt import interruptible
 from mmx.cli.settings import setting
 
 EXAMPLE = """
@@ -77,15 +78,20 @@ def run(call) -> int:
         chosen = [meshes.share(job, topology.check_axes(pod, parse_axes(settings.mesh)))]
     else:
         chosen = meshes.candidates(job, pod)
-    fits = fit.try_meshes(job, pod, chosen, settings.meshes, Waiting)
-    best, found = fits[0], {}
-    if settings.search and best.fits:
-        found = {what: fit.largest(best, what, Waiting) for what in ("batch", "context")}
+
+    def compile_all():
+        fits, found = fit.try_meshes(job, pod, chosen, settings.meshes, Waiting), {}
+        if settings.search and fits[0].fits:
+            found = {what: fit.largest(fits[0], what, Waiting) for what in ("batch", "context")}
+        return fits, found
+
+    (best, *others), found = interruptible(
+        compile_all, "Interrupted while compiling, so there is no answer.")
     if settings.json:
         answer = {"model": name, **best.to_json(), "largest": found or None,
-                  "others": [one.to_json() for one in fits[1:]]}
+                  "others": [one.to_json() for one in others]}
         print(json.dumps(answer))
     else:
-        print(report.text(name, best, found, fits[1:]))
+        print(report.text(name, best, found, others))
     sys.stdout.flush()
     return 0 if best.fits else DOES_NOT_FIT
