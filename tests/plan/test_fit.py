@@ -227,6 +227,9 @@ def test_mistakes_are_sentences():
     for arguments, word in ((["--pod=v9:4x4"], "unknown"), (["--mode=serve"], "choice"),
                             (["--pod=v6e:4x8", "--mesh=tensor=3"], "devices"),
                             (["--pod=v6e:4x8", "--mesh=model=32"], "unknown"),
+                            (["--chunk=512"], "--chunk has no meaning with --mode=decode"),
+                            (["--mode=train", "--chunk=512"], "belongs to prefill and long"),
+                            (["--mode=long", "--moe_capacity=2"], "belongs to train"),
                             (["--context=100000000000"], "between 1 and 2147483647"),
                             (["--batch=100000000000"], "between 1 and 2147483647")):
         done = run_plan(*arguments)
