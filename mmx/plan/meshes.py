@@ -62,7 +62,9 @@ def candidates(job: Job, pod: Pod) -> list[Candidate]:
 
     def order(one: Candidate):
         tensor = one.axes.get("tensor", 1)
-        ragged = pod.chip.platform == "tpu" and config.expert_dim // tensor % _LANES > 0
+        # Training gathers a layer at a time.
+        ragged = (pod.chip.platform == "tpu" and job.mode != "train"
+                  and config.expert_dim // tensor % _LANES > 0)
         needed = one.held + (one.weights * 2 // 3 if ragged else 0)
         # A tenth is kept for other temporaries.
         crowded = needed > 0.9 * limit
