@@ -117,7 +117,9 @@ def _number(value: float | None, rule: Any) -> str:
     """A bound as its flag reads it; "" for none."""
     if value is None:
         return ""
-    return size_text(value) if rule.get("size") else str(value)
+    if rule.get("size"):
+        return size_text(value)
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _sample(kind: type, rule: Any) -> str:

@@ -15,6 +15,9 @@ from mmx.sharding.rules import AXES, partition
 
 # A tensor axis of 8 has one key/value head per device, and its exchanges stay between neighbours.
 _BEST_TENSOR = 8
+# A TPU copies experts' gate and up, two thirds of the weights, where their columns on a device are
+# no multiple of its lanes: 21 GiB of text01 on v6e:4x8 at tensor=16 (576 columns), 42 on v5p:2x2x4.
+_LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,8 @@ def candidates(job: Job, pod: Pod) -> list[Candidate]:
     for tensor, expert in itertools.product(_divisors(config.num_heads),
                                             _divisors(config.num_experts)):
         rest, left = divmod(inner, tensor * expert)
-        if left or config.expert_dim % tensor or tensor > 2 * config.num_kv_heads:
+        few, many = sorted((tensor, config.num_kv_heads))
+        if left or config.expert_dim % tensor or many % few or tensor > 2 * config.num_kv_heads:
             continue
         sizes = {"slice": pod.slices, spare: rest, "expert": expert, "tensor": tensor}
         axes = {name: sizes[name] for name in AXES if sizes.get(name, 1) > 1} or {"tensor": 1}
@@ -58,12 +62,16 @@ def candidates(job: Job, pod: Pod) -> list[Candidate]:
 
     def order(one: Candidate):
         tensor = one.axes.get("tensor", 1)
-        # A tenth is kept for temporaries.
-        crowded = one.held > 0.9 * limit
+        # Training gathers a layer at a time.
+        ragged = (pod.chip.platform == "tpu" and job.mode != "train"
+                  and config.expert_dim // tensor % _LANES > 0)
+        needed = one.held + (one.weights * 2 // 3 if ragged else 0)
+        # A tenth is kept for other temporaries.
+        crowded = needed > 0.9 * limit
         copies = one.axes.get("data", 1)
         # A step of training gathers what is split over data, and not what lies over experts.
         few = {"decode": copies, "train": copies}.get(job.mode, 0)
-        return (crowded, one.held if crowded else 0, few,
+        return (crowded, needed if crowded else 0, ragged, few,
                 abs(math.log2(tensor / _BEST_TENSOR)), one.held)
 
     return sorted(found, key=order)
@@ -75,13 +83,14 @@ def share(job: Job, axes: Mapping[str, int]) -> Candidate:
                         axis_types=(AxisType.Auto,) * len(axes))
     rules, weights = job.rules, 0
     specs = model.param_specs(job.config, job.dtype)
-    for path, leaf in quant.abstract_params(job.config, job.dtype, job.quantize).items():
+    dtype = "float32" if job.mode == "train" else job.dtype
+    for path, leaf in quant.abstract_params(job.config, dtype, job.quantize).items():
         names = [None if name == "layers" else name for name in specs[path].axes]
         parts = _parts(partition(rules, mesh, specs[path].shape, names), mesh)
         leaves = (leaf.values, leaf.scale) if hasattr(leaf, "scale") else (leaf,)
         weights += sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves) // parts
     if job.mode == "train":
-        return Candidate(axes, 2 * weights, 0, 4 * weights)  # float32, and two moments of it
+        return Candidate(axes, weights, 0, 2 * weights)  # two moments of each
     tensor = axes.get("tensor", 1)
     heads = max(job.config.num_kv_heads, tensor)
     shapes = caches.cache_shapes(job.config, job.batch, job.context, job.kv_dtype, heads)

@@ -177,8 +177,10 @@ def _serve(job: Job, ops: MeshOps, params):
     places = jax.tree.map(lambda leaf: leaf.sharding, cache)
     whole = NamedSharding(ops.mesh, P())
     if job.mode == "decode":
-        state = jax.tree.map(lambda leaf: _abstract(leaf, whole), jax.eval_shape(
-            lambda: sampling.empty_state(job.batch, config.vocab_size)))
+        # Of one row: a state is NumPy's, which would take its bytes of this machine.
+        row = jax.eval_shape(lambda: sampling.empty_state(1, config.vocab_size))
+        state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
+            (job.batch, *leaf.shape[1:]), leaf.dtype, sharding=whole), row)
         forbidden = jax.ShapeDtypeStruct((config.vocab_size,), jnp.bool_, sharding=whole)
 
         def decode(params, cache, ids_B, active_B, forbidden_V, state):

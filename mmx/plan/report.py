@@ -1,7 +1,9 @@
 """A plan as text for people."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
+from mmx.plan import meshes
 from mmx.plan.fit import GIB, GPU_NOTE, Fit
 
 _PARTS = (("weights", "weights"), ("keys_values", "keys and values"),
@@ -22,7 +24,8 @@ def text(name: str, fit: Fit, largest: Mapping[str, int | None], others: Sequenc
     lines.append(f"  {'FITS' if fit.fits else 'DOES NOT FIT'}: {fit.memory.total / GIB:.2f} of "
                  f"{fit.limit / GIB:.2f} GiB per device, "
                  + (f"{spare:.2f} to spare" if fit.fits else f"{-spare:.2f} too much")
-                 + f"  (compiled in {fit.compile_s:.0f} s, not run)")
+                 + (f"  (compiled in {fit.compile_s:.0f} s, not run)" if fit.compiled
+                    else f"  ({fit.note})"))
     lines += ["", "  GiB per device"]
     for field, label in _PARTS:
         size = getattr(fit.memory, field)
@@ -52,9 +55,23 @@ def text(name: str, fit: Fit, largest: Mapping[str, int | None], others: Sequenc
         lines.append(f"  also {other.mesh_text}: {other.memory.total / GIB:.2f} GiB, {step}, "
                      f"{'fits' if other.fits else 'does not fit'}")
     if not fit.fits:
+        if others:
+            lines += ["", f"  None of the {1 + len(others)} likeliest meshes fits; the first here "
+                      "needs least."]
+        lines += _even(fit)
         lines += ["", "  More or larger devices, --quantize=int8, or a smaller --batch or "
                   "--context would need less."]
     return "\n".join(lines)
+
+
+def _even(fit: Fit) -> list[str]:
+    """A line where the next batch that lies evenly over the mesh would fit, as far as is known."""
+    job, step = fit.job, meshes.batch_step(fit.job, fit.axes)
+    even = dataclasses.replace(job, batch=-(-job.batch // step) * step)
+    less = meshes.share(job, fit.axes).held - meshes.share(even, fit.axes).held
+    enough = less > 0 and fit.memory.total - less <= fit.limit
+    return [f"  A batch of {job.batch:,} does not lie evenly over this mesh; --batch={even.batch} "
+            f"takes {less / GIB:.2f} GiB less."] if enough else []
 
 
 def _traffic(fit: Fit) -> list[str]:

@@ -49,7 +49,8 @@ def devices(pod: Pod) -> list[Any]:
                      else ("plan-gpu", "jax_cuda13_plugin"))
     if not _importable(module):
         raise UserError(f"Planning for {pod.name} needs the compiler in {module}.",
-                        f"It comes with the extra {extra}.", f"pip install 'mmx[{extra}]'")
+                        f"It comes with the extra {extra}.",
+                        f"Run pip install -e '.[{extra}]' in the clone.")
     from jax.experimental import topologies
     try:
         if pod.chip.platform == "tpu":
@@ -64,7 +65,7 @@ def devices(pod: Pod) -> list[Any]:
     except Exception as error:
         raise UserError(f"The compiler does not know {pod.name}.",
                         f"It says: {str(error).strip().splitlines()[0]}",
-                        f"Take another topology, or a newer 'mmx[{extra}]'.") from error
+                        f"Take another topology, or a newer {module}.") from error
     return list(found.devices)
 
 

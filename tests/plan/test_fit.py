@@ -34,7 +34,9 @@ def test_candidates_use_every_device_and_put_what_fits_first(pod, mode):
     assert len(found) == len({one.text for one in found}) > 3
     assert all(math.prod(one.axes.values()) == pod.devices for one in found)
     limit = 0.9 * pod.chip.hbm_gib * GIB
-    crowded = [one.held > limit for one in found]
+    # At tensor=16 experts have 576 columns: a TPU copies them, which `held` does not count.
+    crowded = [one.held > limit for one in found
+               if pod.chip.platform == "cuda" or one.axes.get("tensor", 1) < 16]
     assert crowded == sorted(crowded) and not crowded[0]
 
 
@@ -126,6 +128,83 @@ def test_the_largest_batch_is_confirmed_by_compiling(monkeypatch):
     assert tried[-1] == best
 
 
+def tried(monkeypatch, total_gib: dict[str, float], count: int = 1, **job):
+    """`try_meshes` over the meshes named, which need so much, and those compiled, in order."""
+    compiled, job = [], Job(TEXT01, **job)
+
+    def compile_fit(job, pod, axes):
+        text = meshes.share(job, axes).text
+        compiled.append(text)
+        return dataclasses.replace(a_fit(total_gib[text]), job=job, axes=axes)
+
+    monkeypatch.setattr(fit, "compile_fit", compile_fit)
+    chosen = [meshes.share(job, parse_axes(text)) for text in total_gib]
+    return fit.try_meshes(job, parse_pod("v6e:4x8"), chosen, count), compiled
+
+
+def test_the_next_meshes_are_compiled_before_a_no(monkeypatch):
+    needs = {"expert=2,tensor=16": 48.0, "expert=4,tensor=8": 28.0, "expert=8,tensor=4": 29.0}
+    fits, compiled = tried(monkeypatch, needs)
+    assert compiled == list(needs)[:2] and fits[0].fits and fits[0].mesh_text == compiled[1]
+    assert len(tried(monkeypatch, needs, count=3)[1]) == 3
+
+
+def test_a_no_names_how_many_were_tried_and_the_batch_that_divides(monkeypatch):
+    needs = {"expert=2,tensor=16": 48.0, "expert=4,tensor=8": 32.0, "expert=8,tensor=4": 41.0,
+             "expert=16,tensor=2": 42.0, "expert=32": 43.0, "data=2,tensor=16": 60.0}
+    fits, compiled = tried(monkeypatch, needs, batch=37)
+    assert len(compiled) == fit.TRIES and not fits[0].fits
+    assert fits[0].mesh_text == "expert=4,tensor=8"
+    text = report.text("text01", fits[0], {}, fits[1:])
+    assert "None of the 5 likeliest meshes fits" in text and "--batch=40 takes 0." in text
+    needs["expert=4,tensor=8"] = 33.0  # what copies take is not the cause
+    assert "evenly" not in report.text("text01", tried(monkeypatch, needs, batch=37)[0][0], {}, [])
+    text = report.text("text01", tried(monkeypatch, needs, batch=32)[0][0], {}, [])
+    assert "evenly" not in text and "None of" not in text
+
+
+@pytest.mark.parametrize("mode, batch", [("decode", 37), ("decode", 32), ("long", 37)])
+def test_experts_of_ragged_columns_come_late(mode, batch):
+    """A TPU copies gate and up of 576 columns (9,216 over 16), 21 GiB on a device of v6e:4x8."""
+    found = [one.text for one in meshes.candidates(Job(TEXT01, mode, batch), parse_pod("v6e:4x8"))]
+    assert found[0] == "expert=4,tensor=8" and "expert=2,tensor=16" not in found[:3]
+
+
+@pytest.mark.parametrize("mode, batch", [("decode", 20_000), ("decode", 2**31 - 1),
+                                         ("prefill", 200_000), ("train", 64)])
+def test_what_is_held_is_refused_before_compiling(monkeypatch, mode, batch):
+    monkeypatch.setattr(topology, "make_mesh", lambda pod, axes: None)
+    monkeypatch.setattr(fit, "compile_step", lambda job, mesh: pytest.fail("compiled"))
+    job, pod = Job(TEXT01, mode, batch), parse_pod("v6e:4x8")
+    fits = fit.try_meshes(job, pod, meshes.candidates(job, pod), waiting=pytest.fail)
+    assert len(fits) == fit.TRIES and not any(one.fits for one in fits)
+    memory = fits[0].memory
+    assert memory.total == sum((memory.weights, memory.keys_values, memory.states,
+                                memory.optimizer)) > fits[0].limit
+    text = report.text("text01", fits[0], {}, fits[1:])
+    assert "DOES NOT FIT" in text and "not compiled" in text and "compiled in" not in text
+    assert ("optimiser moments" if mode == "train" else "keys and values") in text
+    assert not fits[0].to_json()["compiled"] and "not compiled" in fits[0].to_json()["note"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory "
+                                                               "allocating 9 bytes.")])
+def test_a_compiler_that_takes_all_memory_is_a_sentence(monkeypatch, error):
+    def compile_step(job, mesh):
+        raise error
+
+    monkeypatch.setattr(topology, "make_mesh", lambda pod, axes: None)
+    monkeypatch.setattr(fit, "compile_step", compile_step)
+    with pytest.raises(UserError, match="memory of this machine ran out while it compiled"):
+        fit.compile_fit(Job(TEXT01), parse_pod("v6e:4x8"), {"expert": 4, "tensor": 8})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_training_holds_float32_whatever_the_activations(dtype):
+    one = meshes.share(Job(TEXT01, "train", dtype=dtype), {"tensor": 1})
+    assert (one.weights, one.states) == (4 * 456_089_655_296, 8 * 456_089_655_296)
+
+
 def run_plan(*arguments):
     return subprocess.run([sys.executable, "-m", "mmx", "plan", *arguments], capture_output=True,
                           text=True, check=False)
@@ -147,7 +226,12 @@ def test_shipped_meshes_lie_on_their_pods(path):
 def test_mistakes_are_sentences():
     for arguments, word in ((["--pod=v9:4x4"], "unknown"), (["--mode=serve"], "choice"),
                             (["--pod=v6e:4x8", "--mesh=tensor=3"], "devices"),
-                            (["--pod=v6e:4x8", "--mesh=model=32"], "unknown")):
+                            (["--pod=v6e:4x8", "--mesh=model=32"], "unknown"),
+                            (["--chunk=512"], "--chunk has no meaning with --mode=decode"),
+                            (["--mode=train", "--chunk=512"], "belongs to prefill and long"),
+                            (["--mode=long", "--moe_capacity=2"], "belongs to train"),
+                            (["--context=100000000000"], "between 1 and 2147483647"),
+                            (["--batch=100000000000"], "between 1 and 2147483647")):
         done = run_plan(*arguments)
         assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr
 

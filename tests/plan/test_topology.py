@@ -51,7 +51,7 @@ def test_a_missing_compiler_names_its_extra(monkeypatch, pod, extra):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as refusal:
         topology.devices(parse_pod(pod))
-    assert f"pip install 'mmx[{extra}]'" in str(refusal.value)
+    assert f"pip install -e '.[{extra}]' in the clone" in str(refusal.value)
 
 
 def test_what_the_compiler_is_told_of_a_gpu_is_packaged():
