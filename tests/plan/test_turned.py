@@ -55,7 +55,7 @@ def test_what_is_turned_meets_the_kernel_for_integers(steps, case):
     kernels = steps[case]["kernels"]
     products = kernels.get("int8_product", 0)
     if case.endswith("plain") or "prefill" in case:
-        assert not products and kernels
+        assert not products, kernels
     else:
         # Two of a layer's experts; on one GPU attention's, too: 3 of a lightning layer, else 4.
         assert products == 4 * 2 + (2 * 3 + 2 * 4 if "h200:1x1" in case else 0), kernels
