@@ -174,6 +174,7 @@ def test_experts_of_ragged_columns_come_late(mode, batch):
                                          ("prefill", 200_000), ("train", 64)])
 def test_what_is_held_is_refused_before_compiling(monkeypatch, mode, batch):
     monkeypatch.setattr(topology, "make_mesh", lambda pod, axes: None)
+    monkeypatch.setattr(topology, "versions", lambda pod: {"jax": "0.10.2"})
     monkeypatch.setattr(fit, "compile_step", lambda job, mesh: pytest.fail("compiled"))
     job, pod = Job(TEXT01, mode, batch), parse_pod("v6e:4x8")
     fits = fit.try_meshes(job, pod, meshes.candidates(job, pod), waiting=pytest.fail)
@@ -194,6 +195,7 @@ def test_a_compiler_that_takes_all_memory_is_a_sentence(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(topology, "make_mesh", lambda pod, axes: None)
+    monkeypatch.setattr(topology, "versions", lambda pod: {"jax": "0.10.2"})
     monkeypatch.setattr(fit, "compile_step", compile_step)
     with pytest.raises(UserError, match="memory of this machine ran out while it compiled"):
         fit.compile_fit(Job(TEXT01), parse_pod("v6e:4x8"), {"expert": 4, "tensor": 8})
