@@ -23,7 +23,8 @@ def hit_experts(g_TD, weight_Tk, expert_Tk, gate_up, down, *, config=None, inter
     if sentence := refusal(g_TD, gate_up):
         raise ValueError(sentence)
     E = down.shape[0]
-    rows = (config and config.rows) or rows_of_block(expert_Tk.size, E)
+    config = config or mosaic_gpu.Config()
+    rows = config.rows or rows_of_block(expert_Tk.size, E)
     slot_M, source, (matrices, count_1) = layout(expert_Tk, E, rows)
     up_values, up_scale, index_1 = stack(gate_up)
     down_values, down_scale, _ = stack(down)
