@@ -16,11 +16,17 @@ from mmx.bench.sides import one_device
 from mmx.bench.timing import Run, dispatched, looped
 from mmx.config import ModelConfig
 from mmx.nn.lightning import decay_slopes
-from pallas_kernels import attention, grouped_matmul, lightning_attention
+from pallas_kernels import (
+    attention,
+    grouped_matmul,
+    lightning_attention,
+    lightning_decode_slots,
+)
 from pallas_kernels.grouped_matmul.api import grouped_swiglu
 
-# Steps of one compiled loop over a decode step, which is shorter than its dispatch.
-LOOP_STEPS = 32
+# Steps of one compiled loop over a decode step, which is shorter than its dispatch, and how many of
+# them stand in a row in its body on an accelerator. A CPU's compiler would fuse those.
+LOOP_STEPS, UNROLL = 32, 8
 UNPACKED = "/whole"  # beside packed samples: the same tokens as one sample
 
 
@@ -79,6 +85,7 @@ def cases(config: ModelConfig, sizes: Sizes, dtype: str) -> list[Case]:
         *(make.train(*one) for one in sizes.train),
         *(make.packed(*one) for one in sizes.packed),
         *(make.step(one) for one in sizes.step),
+        *(make.slots(one) for one in sizes.step),
         *(make.grouped(kind, rows) for rows in sizes.grouped for kind in ("gate_up", "down")),
         *(make.attention(*one) for one in sizes.attention),
         *(make.attention_step(*one) for one in sizes.attention_step),
@@ -111,6 +118,11 @@ def skewed_groups(groups: int, rows: int, seed: int) -> np.ndarray:
     """
     rng = np.random.default_rng(seed)
     return rng.multinomial(rows, rng.dirichlet(np.full(groups, 8.0))).astype(np.int32)
+
+
+def _steps(step: Callable, state: jax.Array, *args: jax.Array) -> Run:
+    unroll = 1 if jax.default_backend() == "cpu" else UNROLL
+    return looped(step, state, LOOP_STEPS, *args, unroll=unroll)
 
 
 class _Maker:
@@ -206,11 +218,35 @@ class _Maker:
                 def step(state, q, k, v, slopes):
                     out, state = lightning_attention(q, k, v, slopes, state, implementation=name)
                     return state, out
-                return looped(step, state, LOOP_STEPS, q, k, v, slopes)
+                return _steps(step, state, q, k, v, slopes)
             return make
 
         return Case("lightning_decode", "lightning_attention", f"b{B}",
                     {"batch": B, "heads": N, "head_dim": H}, self.dtype,
+                    floors.lightning_step(B, N, H), prepare)
+
+    def slots(self, B: int) -> Case:
+        """The step where the states lie in a pool of twice as many, in no order."""
+        c = self.config
+        N, H = c.num_heads, c.head_dim
+
+        def prepare(seed):
+            q, k, v = self._draw(seed, **dict.fromkeys("qkv", (B, N, H)))
+            slopes = some_slopes(c, 0, N)
+            slots_B = jnp.asarray(np.random.default_rng(seed).permutation(2 * B)[:B], jnp.int32)
+
+            def make(name):
+                pool = arrays.values(arrays.named_key(seed, "pool"), (2 * B, N, H, H), jnp.float32)
+
+                def step(pool, q, k, v, slopes, slots_B):
+                    out, pool = lightning_decode_slots(q, k, v, slopes, pool, slots_B,
+                                                       implementation=name)
+                    return pool, out
+                return _steps(step, pool, q, k, v, slopes, slots_B)
+            return make
+
+        return Case("lightning_decode_slots", "lightning_decode_slots", f"b{B}",
+                    {"batch": B, "pool": 2 * B, "heads": N, "head_dim": H}, self.dtype,
                     floors.lightning_step(B, N, H), prepare)
 
     def grouped(self, kind: str, M: int) -> Case:

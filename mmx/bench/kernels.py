@@ -14,14 +14,17 @@ from pallas_kernels import dispatch
 
 AUTO = "auto"
 REFERENCE = "reference"
+# Operations that are compared with float64, and the modules that have their forms.
 OPS = ("lightning_attention", "grouped_matmul", "attention")
+_MODULES = {op: f"pallas_kernels.{op}.api" for op in OPS} | {
+    "lightning_decode_slots": "pallas_kernels.lightning_attention.decode"}
 # Parts of names by the platform where they are at home; elsewhere they are refused or interpreted.
 _HOME = {"tpu": ("tpu", "splash", "megablox"), "gpu": ("gpu", "hopper", "cudnn", "triton", "cuda")}
 
 
 def listed(op: str) -> list[str]:
     """Names that `op` has in `pallas_kernels`, on whatever platform."""
-    return list(importlib.import_module(f"pallas_kernels.{op}.api")._IMPLEMENTATIONS)
+    return list(importlib.import_module(_MODULES[op])._IMPLEMENTATIONS)
 
 
 def at_home(name: str, platform: str) -> bool:
@@ -43,7 +46,7 @@ def chosen(op: str, named: Sequence[str]) -> list[str]:
 
 def check_names(named: Sequence[str]) -> None:
     """Raises UserError for an implementation that no operation has."""
-    known = sorted({AUTO, *(name for op in OPS for name in listed(op))})
+    known = sorted({AUTO, *(name for op in _MODULES for name in listed(op))})
     for name in named:
         if name not in known:
             raise UserError(f"There is no implementation '{name}'.",

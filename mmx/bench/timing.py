@@ -134,17 +134,25 @@ def dispatched(program: Callable, *args: Any) -> Run:
     return Run(call)
 
 
-def loop(step: Callable, steps: int) -> Callable:
-    """The jitted loop of `looped`; kept for several carries, it compiles once for each shape."""
+def loop(step: Callable, steps: int, unroll: int = 1) -> Callable:
+    """The jitted loop of `looped`; kept for several carries, it compiles once for each shape.
+
+    `unroll` steps stand in a row in its body: to count a round takes a GPU a program of its own,
+    which a step of few microseconds is not to be charged for.
+    """
     @partial(jax.jit, donate_argnums=(0, 1))
     def program(carry, out, *args):
-        return jax.lax.fori_loop(0, steps, lambda _, held: step(held[0], *args), (carry, out))
+        def one(_, held):
+            # Or a GPU's compiler would fuse a step with the next, and not write the state between.
+            return jax.lax.optimization_barrier(step(held[0], *args))
+
+        return jax.lax.fori_loop(0, steps, one, (carry, out), unroll=unroll)
 
     return program
 
 
 def looped(step: Callable, carry: Any, steps: int, *args: Any, program: Callable | None = None,
-           out: Any = None) -> Run:
+           out: Any = None, unroll: int = 1) -> Run:
     """A jitted loop of `steps` calls of `step(carry, *args)`, whose carry stays where it lies.
 
     For steps shorter than a dispatch. `step` returns (carry, out); out is kept, so that nothing of
@@ -154,7 +162,7 @@ def looped(step: Callable, carry: Any, steps: int, *args: Any, program: Callable
     if out is None:
         shapes = jax.eval_shape(lambda carry, *args: step(carry, *args)[1], carry, *args)
         out = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes)
-    program = program or loop(step, steps)
+    program = program or loop(step, steps, unroll)
     held = [(carry, out)]
     del carry, out
     each = jax.default_backend() == "cpu"

@@ -100,8 +100,7 @@ def lightning_decode_slots(
     slopes_N = jnp.asarray(slopes_N, jnp.float32)
     run = dispatch.choose(
         "lightning_decode_slots",
-        {"xla": _slots_by_xla, "pallas_tpu": _slots_on_tpu, "mosaic_gpu": _slots_on_hopper,
-         "triton_gpu": _slots_by_triton},
+        _IMPLEMENTATIONS,
         implementation,
         _slots_default(q_BNH, k_BNH, v_BNH),
         (B, N, H),
@@ -158,3 +157,7 @@ def _slots_by_triton(q_BNH, k_BNH, v_BNH, slopes_N, states_PNHH, slots_B):
 
     triton_gpu_vjp.check("lightning_decode_slots", q_BNH.shape[-1])
     return triton_gpu_decode.decode(q_BNH, k_BNH, v_BNH, slopes_N, states_PNHH, slots_B)
+
+
+_IMPLEMENTATIONS = {"xla": _slots_by_xla, "pallas_tpu": _slots_on_tpu,
+                    "mosaic_gpu": _slots_on_hopper, "triton_gpu": _slots_by_triton}
