@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mmx.config import ModelConfig
+from mmx.config import LIGHTNING, ModelConfig
 from mmx.flops import active_params, forward_flops
 from mmx.quant import abstract_params
 
@@ -97,10 +97,23 @@ def attention_step(B: int, S: int, N: int, K: int, H: int, size: int) -> Work:
 
 
 def prefill(config: ModelConfig, tokens: int) -> Work:
-    """A prompt: `mmx.flops.forward_flops` per token, but the head for the last one alone."""
+    """A prompt: `mmx.flops.forward_flops` per token, but the head, and all of the last layer save
+    its keys and values (and a lightning layer's state), for the last token alone.
+    """
     head = 2.0 * config.vocab_size * config.hidden_size
-    flops = tokens * (forward_flops(config, tokens) - head) + head
+    once = head + _beyond_memory(config, tokens)
+    flops = tokens * (forward_flops(config, tokens) - once) + once
     return Work(flops=flops, flops_formula=f"{tokens}·{flops / tokens:.4g}")
+
+
+def _beyond_memory(config: ModelConfig, tokens: int) -> float:
+    """Operations per token of the last layer that no later token needs."""
+    D, N, H = config.hidden_size, config.num_heads, config.head_dim
+    experts = config.experts_per_token * 3 * D * config.expert_dim + D * config.num_experts
+    if config.layer_types[-1] == LIGHTNING:  # queries, gate, output; scores, and the state's reading
+        block = min(config.block_size, tokens)
+        return 2.0 * (3 * D * N * H + experts) + N * (4 * block * H + 2 * H * H)
+    return 2.0 * (2 * D * N * H + experts) + 2.0 * N * H * tokens  # queries, output; scores
 
 
 def expected_experts(config: ModelConfig, batch: int) -> float:

@@ -123,14 +123,20 @@ class Lightning:
                                               leaf.sharding, kind, scale)
         x_BTD = full_arrays.values(named_key(self.seed, "x"), x.shape, x.dtype, x.sharding)
 
+        zeros = jax.jit(lambda: [jnp.zeros(one.shape, one.dtype) for one in states],
+                        out_shardings=[one.sharding for one in states])
+        each = jax.default_backend() == "cpu"
+
         def call(count):
+            held = out = None
             for _ in range(count):
-                held = [jax.device_put(jnp.zeros(one.shape, one.dtype), one.sharding)
-                        for one in states]
+                held = zeros()
                 for _ in range(-(-tokens // chunk)):
                     out = None  # freed before the next is made
                     held, out = program(params, held, x_BTD)
-                jax.block_until_ready((held, out))
+                    if each:
+                        jax.block_until_ready(out)
+            jax.block_until_ready((held, out))
         return Run(call)
 
     def operation_work(self, tokens: int) -> Work:

@@ -14,7 +14,7 @@ _SHORT = {"float32": "f32", "bfloat16": "bf16", "bfloat16/int8": "bf16/int8",
 Record = Mapping[str, Any]
 MOST_KERNELS = 12  # that a terminal is shown of a trace; the files have all
 _CACHED = ("Shares above 100 %: what was read stayed in a cache, which is faster than the copy of "
-           "memory.")
+           "memory,\nor the device ran faster than while its ceilings were measured.")
 
 
 def columns(rows: Sequence[Record]) -> list[str]:

@@ -56,17 +56,26 @@ def test_expected_experts():
     assert floors.expected_experts(config, 10**4) == pytest.approx(32)
 
 
-def test_prefill_counts_the_head_once():
+def test_prefill_counts_head_and_what_nobody_needs_of_the_last_layer_once():
     config = preset("period")
     tokens = 16384
     # 7·5·6144·8192 + 6144·128·144 + 8·(2·3·6144·9216 + 6144·32) weights, two operations each;
-    # 4·(256·128 + 128²) per lightning head, 2·128·16384 per softmax head; the head for one token.
-    body = 7 * 5 * 6144 * 8192 + 6144 * 128 * 144 + 8 * (6 * 6144 * 9216 + 6144 * 32)
-    mixing = 64 * (7 * 4 * (256 * 128 + 128 * 128) + 2 * 128 * tokens)
-    expected = tokens * (2 * body + mixing) + 2 * 200064 * 6144
+    # 4·(256·128 + 128²) per lightning head, 2·128·16384 per softmax head. Of the last layer, which
+    # is the softmax layer, every token makes keys and values; the rest and the head are for one.
+    experts = 6 * 6144 * 9216 + 6144 * 32
+    body = 7 * 5 * 6144 * 8192 + 6144 * 128 * 16 + 7 * experts
+    mixing = 64 * 7 * 4 * (256 * 128 + 128 * 128)
+    last = 2 * (6144 * 128 * 128 + experts) + 64 * 2 * 128 * tokens
+    expected = tokens * (2 * body + mixing) + last + 2 * 200064 * 6144
     work = floors.prefill(config, tokens)
     assert work.flops == pytest.approx(expected, rel=1e-12)
-    assert work.flops / tokens == pytest.approx(9.54e9, rel=1e-3)
+    assert work.flops / tokens == pytest.approx(8.396e9, rel=1e-3)
+    # Where the last layer is a lightning layer, its state is made of keys and values.
+    lightning = config.replace(layer_types=config.layer_types[:7])
+    expected -= tokens * 2 * 6144 * 128 * 16 + last
+    again = 2 * (3 * 6144 * 8192 + experts) + 64 * (4 * 256 * 128 + 2 * 128 * 128)
+    expected -= (tokens - 1) * again
+    assert floors.prefill(lightning, tokens).flops == pytest.approx(expected, rel=1e-12)
 
 
 def test_decode_reads_what_is_hit():
