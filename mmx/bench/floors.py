@@ -110,7 +110,7 @@ def _beyond_memory(config: ModelConfig, tokens: int) -> float:
     """Operations per token of the last layer that no later token needs."""
     D, N, H = config.hidden_size, config.num_heads, config.head_dim
     experts = config.experts_per_token * 3 * D * config.expert_dim + D * config.num_experts
-    if config.layer_types[-1] == LIGHTNING:  # queries, gate, output; scores, and the state's reading
+    if config.layer_types[-1] == LIGHTNING:  # queries, gate, output; scores, reading the state
         block = min(config.block_size, tokens)
         return 2.0 * (3 * D * N * H + experts) + N * (4 * block * H + 2 * H * H)
     return 2.0 * (2 * D * N * H + experts) + 2.0 * N * H * tokens  # queries, output; scores
