@@ -52,7 +52,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--prompts", default="8192,65536,262144", help="tokens of prompts [%(default)s]")
     add("--batches", default="1,16,64", help="rows that decode together [%(default)s]")
     add("--contexts", default="1024,65536", help="tokens before decoding [%(default)s]")
-    add("--chunk", type=int, default=16384, help="tokens prefilled at once [%(default)s]")
+    add("--chunk", type=int, default=32768, help="tokens prefilled at once [%(default)s]")
     add("--long", type=int, default=0, help="tokens of a prompt also continued; 0 for none [0]")
     add("--seconds", type=float, default=500, help="for everything [%(default)s]")
     add("--seed", type=int, default=0)

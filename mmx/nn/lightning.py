@@ -81,8 +81,9 @@ class LightningAttention(nnx.Module):
                 "btd,dnh->btnh", h_BTD, ops.use(self.gate[...], "embed", "heads", None))
         gated = jax.nn.sigmoid(gate) * self.norm(out_BTNH)
         gated = ops.constrain(gated, "rows", "time", "heads", None)
-        out_BTD = project(
-            "btnh,nhd->btd", gated, ops.use(self.out[...], "heads", None, "embed"))
+        out = ops.use(self.out[...], "heads", None, "embed")
+        out_BTD = ops.summed(lambda dtype: project("btnh,nhd->btd", gated, out, dtype),
+                             gated, tokens.offsets_B is not None)
         return ops.constrain(out_BTD, "rows", "time", "hidden"), state_BNHH
 
 

@@ -44,5 +44,7 @@ class SoftmaxAttention(nnx.Module):
             out, new = ops.cached_attention(
                 q, k, v, (k_cache, v_cache), offsets_B, lengths_B)
         out = ops.constrain(out, "rows", "time", "heads", None)
-        out_BTD = project("btnh,nhd->btd", out, ops.use(self.out[...], "heads", None, "embed"))
+        weight = ops.use(self.out[...], "heads", None, "embed")
+        out_BTD = ops.summed(lambda dtype: project("btnh,nhd->btd", out, weight, dtype),
+                             out, tokens.offsets_B is not None)
         return ops.constrain(out_BTD, "rows", "time", "hidden"), new

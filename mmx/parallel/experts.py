@@ -56,7 +56,13 @@ def over_mesh(ops, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down, 
             # An id of nobody's sorts behind all groups and selects no row.
             weight, expert = jnp.where(mine, weight, 0.0), jnp.where(mine, expert, local_E)
         out = Ops.experts(ops, run, g, weight, expert, gate_up, down)
-        return jax.lax.psum(out, shared) if shared else out
+        if back == apart:
+            return jax.lax.psum(out, shared) if shared else out
+        for axis, entry in enumerate(back[:2]):
+            added = tuple(name for name in names_of(entry) if name in shared)
+            if added:
+                out = jax.lax.psum_scatter(out, added, scatter_dimension=axis, tiled=True)
+        return out.astype(g.dtype)  # narrow, before anything is gathered
 
     def exchanged(g, weight, expert, gate_up, down):
         flat = (x.reshape(-1, x.shape[-1]) for x in (g, weight, expert))
@@ -72,9 +78,38 @@ def over_mesh(ops, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down, 
                _leaf_spec(down, P(entry[0], entry[1], None)))
     method = _method(ops, bool(owners) and set(owners) <= set(spread), parts, k,
                      local_pairs, not (inference or capacity))
-    lie, island = (apart, body) if method == SUM else (tokens, exchanged)
-    return ops._island(island, (lie, lie, lie, *weights), lie)(
+    if method == SUM:
+        lie, island = apart, body
+        back = _pieces(ops, g_BTD.shape, tokens, apart, shared) if inference else apart
+    else:
+        lie, island, back = tokens, exchanged, tokens
+    return ops._island(island, (lie, lie, lie, *weights), back)(
         g_BTD, weight_BTk, expert_BTk, gate_up, down)
+
+
+def _pieces(ops, shape, tokens: P, apart: P, shared) -> P:
+    """How sums over the axes `shared` lie where each device adds a piece of many tokens: as near to
+    `tokens` as can be. `apart`, whole sums on all, for few tokens and where they do not divide.
+    """
+    rows, time = names_of(tokens[0]), names_of(tokens[1])
+    back = {name: axis for axis, names in ((1, shared), (0, rows), (1, time))
+            for name in names if name in shared}
+    order = sorted(shared, key=lambda name: (*rows, *time, *shared).index(name))
+    entries = [(*names_of(apart[axis]), *(name for name in order if back[name] == axis))
+               for axis in (0, 1)]
+    held = _count(ops.mesh, [*names_of(apart[0]), *names_of(apart[1])])
+    if (not shared or not in_pieces(ops, shape[0] * shape[1] // held) or entries[0] != rows
+            or entries[1][:len(time)] != time or shape[1] % _count(ops.mesh, entries[1])):
+        return apart
+    return P(*map(_entry, entries), *apart[2:])
+
+
+def in_pieces(ops, tokens: int) -> bool:
+    """Whether of `tokens` each device adds a piece ("pieces"), or all of them ("whole")."""
+    named = ops.names.get("sums")
+    if named not in (None, "pieces", "whole"):
+        raise ValueError(f"sums='{named}' is not one of 'pieces', 'whole'.")
+    return tokens >= MANY if named is None else named == "pieces"
 
 
 def within_capacity(ops, expert_BTk, valid_BT, num_experts: int, capacity: float):

@@ -25,7 +25,8 @@ class MeshOps(Ops):
         how tokens meet experts ("sum", "all_to_all", "ragged"; by traffic and platform if
         absent), "groups": in how many parts they do, "rows": which of them a device sends where
         others hold the same ("all", "part"), "router": whose capacity counts where there is one
-        ("global", "local").
+        ("global", "local"), "sums": whether sums over devices are made by pieces of time, at
+        inference ("pieces", "whole"; by the number of tokens if absent).
     """
 
     def __init__(self, mesh: Mesh, rules: Rules, names: Mapping[str, str] = NO_CHOICE):
@@ -50,6 +51,24 @@ class MeshOps(Ops):
             return weight
         whole = [None if name == "embed" else name for name in logical]
         return jax.tree.map(lambda leaf: self.constrain(leaf, *whole), weight)
+
+    def summed(self, product, x_BTNH, inference=False):
+        """A device of many tokens sums its piece of their time, which is gathered narrow: a quarter
+        less travels than by float32 sums of all tokens for all."""
+        B, T, *_ = x_BTNH.shape
+        lie = self.spec((B, T), "rows", "time")
+        used = [name for entry in lie for name in experts.names_of(entry)]
+        time = experts.names_of(lie[1])
+        heads = axes_of(self.rules, self.mesh, "heads", T // self._parts(time), used)
+        if not (inference and heads and experts.in_pieces(self, B * T // self._parts(used))):
+            return product(x_BTNH.dtype)
+        out_BTD = product(jnp.float32)
+        pieces = (*lie[:1], (*time, *heads), self.spec(out_BTD.shape, "rows", "time", "hidden")[2])
+        return jax.lax.with_sharding_constraint(
+            out_BTD, NamedSharding(self.mesh, P(*pieces))).astype(x_BTNH.dtype)
+
+    def _parts(self, names) -> int:
+        return math.prod(self.mesh.shape[name] for name in names)
 
     def look_up(self, table, ids_BT):
         """One id alone is looked up twice: XLA for GPUs makes it a slice of the table, and gathers

@@ -32,6 +32,10 @@ class Ops:
         """A parameter as the next product wants it: whole along a split `embed`, or as it lies."""
         return weight
 
+    def summed(self, product: Callable, x_BTNH, inference: bool = False) -> jax.Array:
+        """`product(dtype)`: [B, T, D], the heads of x summed in float32, in the dtype of x."""
+        return product(x_BTNH.dtype)
+
     def look_up(self, table: Callable, ids_BT: jax.Array) -> jax.Array:
         """`table(ids_BT)`: rows of a table whose words may lie apart."""
         return table(ids_BT)

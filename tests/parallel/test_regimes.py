@@ -15,7 +15,8 @@ from tests.tolerances import bound
 # stand-in. And skewed/DISPATCH/ROWS/GROUPS/TENSOR.
 QUICK = (
     "data=2,expert=2,tensor=2/decode/4/int8", "expert=2,tensor=2/decode/4/int8/turned",
-    "expert=2,tensor=4/prefill/4",
+    "expert=2,tensor=4/prefill/4", "expert=2,tensor=4/prefill/4/sums=pieces",
+    "sequence=2,expert=2,tensor=2/long/1/sums=pieces",
     "sequence=2,expert=2,tensor=2/long/1/dispatch=all_to_all",
     "data=2,sequence=4/prefill/2/softmax=cudnn",
     "data=2,sequence=2,expert=2/train/4/dispatch=ragged/groups=2/capacity=0.75",
@@ -25,6 +26,7 @@ CASES = (
     "tensor=4/decode/4", "expert=4,tensor=2/decode/4", "expert=2,tensor=2/decode/1",
     "sequence=2,expert=2,tensor=2/decode/2", "sequence=4/prefill/1",
     "data=2,sequence=2,tensor=2/prefill/4", "expert=4,tensor=2/long/1/int8/sequence=log",
+    "sequence=2,tensor=4/prefill/1/int8/sums=pieces", "data=2,expert=4/long/1/sums=pieces",
     "sequence=8/long/2/sequence=ring", "data=2,sequence=2,expert=2/long/1",
     "expert=2,tensor=4/prefill/4/dispatch=all_to_all",
     "data=2,expert=4/prefill/8/dispatch=all_to_all", "data=2,expert=2,tensor=2/train/4",
