@@ -53,6 +53,10 @@ SMALL = {  # name -> B, T, N, H, layer, config, packed, lengths
     "packed_long": (1, 640, 1, 128, 40, Config(sequence_splits=2), True, None),
     "parts_fast": (1, 640, 1, 64, 0, Config(sequence_splits=2), False, None),
     "parts_fast_lengths": (2, 640, 1, 64, 0, Config(sequence_splits=2), False, (600, 321)),
+    # What lasts in a part, in several pieces: less than the part, all of it, all and undecayed.
+    "pieces_fast": (1, 1152, 2, 64, 0, Config(sequence_splits=2), False, None),
+    "pieces_packed_lengths": (2, 650, 1, 64, 78, Config(sequence_splits=2), True, (600, 321)),
+    "pieces_no_decay": (1, 500, 1, 128, None, Config(sequence_splits=2), False, None),
     "separate": (1, 130, 1, 64, 78, Config(joint=False), False, None),
 }
 
@@ -68,7 +72,7 @@ def inputs(case):
     rng = np.random.default_rng(T)
     q, k, v, dout = (jnp.asarray(rng.standard_normal((B, T, N, H)), jnp.bfloat16) for _ in "qkvo")
     state, dstate = (jnp.asarray(rng.standard_normal((B, N, H, H)), jnp.float32) for _ in "sd")
-    slopes = f64.slopes(64, layer, 80)[[0, 31]][:N]
+    slopes = np.zeros(N) if layer is None else f64.slopes(64, layer, 80)[[0, 31]][:N]
     starts = None
     if packed:
         starts = np.zeros((B, T), bool)
@@ -88,6 +92,8 @@ def interpret(case):
     kind, name = case.split("/")
     if kind == "decode":
         return decode(params, *DECODE[name])
+    if name.startswith("pieces"):
+        mosaic_gpu._PIECE = 2
     (q, k, v, dout), state, dstate, slopes, starts, lengths, config = inputs(name)
     if kind == "state":
         return states(params, k, v, slopes, starts, lengths)
