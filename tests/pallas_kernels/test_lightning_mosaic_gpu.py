@@ -21,7 +21,7 @@ FORWARD = ("one_token", "one_chunk", "tail", "fast_decay", "whole_head", "packed
            "packed_lengths", "packed_long", "parts", "parts_fast", "parts_fast_lengths",
            "parts_packed_lengths", "pieces_fast", "pieces_packed_lengths", "pieces_no_decay")
 BACKWARD = ("tail", "lengths", "packed_lengths", "packed_long", "parts_fast_lengths",
-            "parts_packed_lengths", "separate", "pieces_fast", "pieces_packed_lengths")
+            "parts_packed_lengths", "separate", "pieces_packed_lengths")
 STATE = ("one_token", "tail", "packed_lengths", "parts_fast_lengths", "lengths", "packed_long")
 INTERPRETED = [*(f"forward/{x}" for x in FORWARD), *(f"backward/{x}" for x in BACKWARD),
                *(f"state/{x}" for x in STATE), "unread/forward", "unread/reverse",
