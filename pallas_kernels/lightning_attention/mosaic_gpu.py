@@ -34,7 +34,7 @@ from pallas_kernels.lightning_attention.pieces import put_together, share_out
 from pallas_kernels.once import once
 
 _MULTIPROCESSORS = 132  # of an H100 or H200
-# A piece of what lasts in a part is of at least so many chunks, if that is all of the part.
+# What lasts in a part is cut into pieces of no fewer chunks than these, where all of it lasts.
 _PIECE = 16
 
 
