@@ -6,6 +6,8 @@ First each kernel is compared with float64 at 4 heads of 128 (lengths around a c
 slopes of layers 0, 40 and 78, packed samples, padding, with and without an incoming state); two
 runs must agree to the bit, and memory that results may land in is filled with NaN before. Then
 every configuration of a sweep is timed at the model's shapes. One that fails is told and left out.
+`--only=splits` times sequences whole and in parts, at slopes of layers 40 and 78 of 80 (the rest of
+the sweep: 40), and compares each configuration with the first of its shape, which has one part.
 
 Method: random data; two warm-up calls, then rounds of asynchronous calls with one wait at their
 end, at least 30 ms each; the median of five rounds. `share` is the byte floor (q, k, v read and o
@@ -52,6 +54,15 @@ SWEEP = (
 )
 FEW_HEADS = (Config(), Config(sequence_splits=16), Config(value_splits=1, sequence_splits=16),
              Config(output_warpgroups=1))
+HALVES_AND_PARTS = (Config(sequence_splits=1), Config(value_splits=1, sequence_splits=2))
+SPLITS = {  # B, T, heads: what to try, first of all in one part
+    (1, 16384, 64): HALVES_AND_PARTS,
+    (1, 65536, 64): HALVES_AND_PARTS,
+    (1, 131072, 64): (*HALVES_AND_PARTS, Config(value_splits=2)),
+    (1, 131072, 8): (Config(sequence_splits=1), Config(), *(
+        Config(value_splits=columns, sequence_splits=parts)
+        for columns in (1, 2) for parts in (8, 16))),
+}
 PACKED_SWEEP = (Config(), Config(queries_in_registers=False), Config(output_warpgroups=1))
 BACKWARD_SWEEP = (Config(), Config(value_splits=1), Config(value_splits=2))
 DECODE_SWEEP = (  # columns, heads, resident blocks, stages
@@ -70,7 +81,7 @@ def main():
     parser.add_argument("--output", help="also write every figure to this file")
     parser.add_argument("--seconds", type=float, default=420, help="start nothing after so long")
     parser.add_argument("--bandwidth", type=float, default=4243, help="GB/s of a device's copy")
-    parser.add_argument("--only", default="check,forward,packed,backward,decode")
+    parser.add_argument("--only", default="check,forward,packed,backward,decode,splits")
     args = parser.parse_args()
     run = Run(args.seconds, args.bandwidth)
     started, only = time.time(), args.only.split(",")
@@ -78,7 +89,7 @@ def main():
     print(f"{device.device_kind}, jax {jax.__version__}", flush=True)
     for name in only:
         {"check": check, "forward": time_forward, "packed": time_packed,
-         "backward": time_backward, "decode": time_decode}[name](run)
+         "backward": time_backward, "decode": time_decode, "splits": time_splits}[name](run)
         print(f"-- {name}: {time.time() - started:.0f} s since the start", flush=True)
     run.table()
     if args.output:
@@ -274,12 +285,15 @@ def random_tensor(key, B, T, N, scale):
     return jnp.tile(x, (1, T // period, 1, 1))
 
 
+def model_slopes(N, layer=40):
+    return jnp.asarray(f64.slopes(64, layer, 80)[:: 64 // N], jnp.float32)
+
+
 def model_inputs(B, T, N, count):
     # Scaled so that sums over a slow head's window stay of order one.
     tensors = [random_tensor(key, B, T, N, 0.3)
                for key in jax.random.split(jax.random.key(T), count)]
-    slopes = jnp.asarray(f64.slopes(64, 40, 80)[:: 64 // N], jnp.float32)
-    return jax.block_until_ready(tensors), slopes, jnp.zeros((B, N, H, H), jnp.float32)
+    return jax.block_until_ready(tensors), model_slopes(N), jnp.zeros((B, N, H, H), jnp.float32)
 
 
 def time_forward(run):
@@ -306,6 +320,48 @@ def one_forward(run, name, config, arguments):
     function = jax.jit(partial(forward, config=config))
     seconds = median_seconds(repeated(function, *arguments))
     run.timed("forward", name, config, seconds, 4 * arguments[0].nbytes)
+
+
+def time_splits(run, sweep=SPLITS, seconds=median_seconds, interpret=False):
+    """`seconds` of each configuration and layer, and how far it is from the first."""
+    for (B, T, N), configs in sweep.items():
+        shape = f"{B} x {T:,}, {N} heads"
+        inputs = run.attempt(f"inputs of {shape}", partial(model_inputs, B, T, N, 3))
+        if inputs is None:
+            continue
+        (q, k, v), _, state = inputs
+        wanted = {}
+        for config in configs:
+            function = partial(forward, config=config, interpret=interpret)
+            if not interpret:  # its threads call jax, which must wait for them
+                function = jax.jit(function)
+            for layer in (40, 78):
+                run.attempt(f"splits {shape} layer {layer} {short(config)}", partial(
+                    one_split, run, shape, layer, config, function,
+                    (q, k, v, model_slopes(N, layer), state), wanted, config is configs[0],
+                    seconds))
+        del q, k, v, inputs, wanted
+
+
+def one_split(run, shape, layer, config, function, arguments, wanted, first, seconds):
+    kind, got = f"layer {layer}", jax.block_until_ready(function(*arguments))
+    if first:
+        wanted[layer] = got
+    else:
+        same = all(bool(jnp.array_equal(a, b))
+                   for a, b in zip(got, function(*arguments), strict=True))
+        run.check(f"splits {shape} {kind} {short(config)}", {
+            name: float(distance(a, b))
+            for name, a, b in zip(("out", "state"), got, wanted[layer], strict=True)}, same)
+    run.timed(kind, shape, config, seconds(repeated(function, *arguments)),
+              4 * arguments[0].nbytes)
+
+
+@jax.jit
+def distance(actual, wanted):
+    """The norm ratio, where both already lie."""
+    actual, wanted = actual.astype(jnp.float32), wanted.astype(jnp.float32)
+    return jnp.sqrt(jnp.square(actual - wanted).sum() / jnp.square(wanted).sum())
 
 
 def time_packed(run):

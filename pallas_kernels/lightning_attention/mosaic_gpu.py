@@ -25,12 +25,17 @@ from pallas_kernels.lightning_attention.mosaic_gpu_block import (
 )
 from pallas_kernels.lightning_attention.parts import (
     chunk_boundaries,
+    edges,
+    givers,
     prefix,
     valid_lengths,
 )
+from pallas_kernels.lightning_attention.pieces import put_together, share_out
 from pallas_kernels.once import once
 
 _MULTIPROCESSORS = 132  # of an H100 or H200
+# What lasts in a part is cut into pieces of no fewer chunks than these, where all of it lasts.
+_PIECE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Config:
       output_warpgroups: warpgroups that take chunks' outputs in turn, 1 or 2. Two of them with 128
         columns each run out of registers.
       sequence_splits: parts of a sequence that run at the same time; more than one costs a second
-        reading of k and v, as far back as they last, for the states between the parts.
+        reading of k and v, as far back as they last in each part, for the states between the parts.
       scores_in_registers: hand the masked scores to the second product without shared memory.
       queries_in_registers: read q from shared memory once for both of its products.
       joint: gradients in k and v at once, so that they share what they read through L2.
@@ -115,11 +120,38 @@ def run(
                              marks=marks, interpret=interpret)
     incoming = jnp.stack(states)[:, :, None]  # [roles, B, parts, N, H, H]
     if shape.parts > 1:
-        local = call(dataclasses.replace(shape, outputs=False), incoming=None)[-1]
-        incoming = prefix(local, incoming, slopes_N, samples_BT, lengths_B, T=T,
-                          span=shape.chunks_per_part * C, reverse=reverse)
+        span, given = shape.chunks_per_part * C, givers(shape.parts, reverse)
+        first_BP, end_BP = (x[:, given] for x in edges(lengths_B, B, T, span))
+        # About two for each multiprocessor: a slow head's may be much longer than the rest.
+        pieces = 2 * _MULTIPROCESSORS // (first_BP.size * N * len(roles))
+        local = local_states(
+            tensors, roles, slopes_N, first_BP, end_BP, span=span, reverse=reverse,
+            pieces=max(1, min(pieces, shape.chunks_per_part // _PIECE)), samples_BT=samples_BT,
+            marks=marks, interpret=interpret)
+        incoming = prefix(local, incoming, slopes_N, samples_BT, lengths_B, T=T, span=span,
+                          reverse=reverse)
     *outs, outgoing = call(shape, incoming=incoming)
     return tuple(outs), tuple(outgoing[:, :, 0])
+
+
+def local_states(tensors, roles, slopes_N, first_BP, end_BP, *, span: int, pieces: int,
+                 reverse: bool, samples_BT=None, marks=None, interpret):
+    """States [roles, B, P, N, H, H] that parts of a sequence end with, from an empty one each.
+
+    The parts lie from `first_BP` to `end_BP`, of at most `span` tokens. Only what lasts until their
+    end is read, in so many pieces.
+    """
+    B, T, N, H = tensors[0].shape
+    # Whole heads where the copies allow it, so that keys are read once.
+    config = Config(value_splits=1, stages=4, output_warpgroups=1, sequence_splits=1)
+    shape = dataclasses.replace(
+        choose(config, roles, reverse, marks is not None, False, B, T, N, H, bool(interpret)),
+        outputs=False, parts=first_BP.shape[1] * pieces,
+        chunks_per_part=-(-span // (C * pieces)))
+    table_BQN4 = share_out(slopes_N, first_BP, end_BP, pieces, T=T, C=C, reverse=reverse)
+    (local,) = one_pass(shape, tensors=tensors, slopes_N=slopes_N, lengths_B=None, marks=marks,
+                        windows_BQN4=table_BQN4, interpret=interpret)
+    return put_together(local, table_BQN4, slopes_N, samples_BT, pieces, C=C, reverse=reverse)
 
 
 def choose(config: Config, roles, reverse, samples, lengths, B, T, N, H, interpret) -> Shape:
@@ -193,12 +225,11 @@ def _marks(samples_BT, lengths_B, reverse):
 
 
 @once
-def one_pass(shape: Shape, *, tensors, slopes_N, lengths_B, marks=None, windows_BN4=None,
+def one_pass(shape: Shape, *, tensors, slopes_N, lengths_B, marks=None, windows_BQN4=None,
              incoming=None, interpret):
     """Runs one compiled pass; returns outputs (if any) and states [roles, B, parts, N, H, H].
 
-    windows_BN4: where `shape.windowed`, int32: a head's first chunk, chunks per part, last chunk's
-    next, and first token.
+    windows_BQN4: without outputs, what each part reads of each head; see `pieces.share_out`.
     """
     B, T, N, H = tensors[0].shape
     R, P, W, stages = len(shape.roles), shape.parts, shape.width, shape.stages
@@ -208,8 +239,8 @@ def one_pass(shape: Shape, *, tensors, slopes_N, lengths_B, marks=None, windows_
         inputs["lengths"] = lengths_B.astype(jnp.int32)
     if shape.samples:
         inputs["marks"] = marks
-    if shape.windowed:
-        inputs["windows"] = windows_BN4
+    if not shape.outputs:
+        inputs["windows"] = windows_BQN4
     if incoming is not None:
         inputs["incoming"] = incoming
     results = {"outgoing": jax.ShapeDtypeStruct((R, B, 1 if shape.outputs else P, N, H, H), f32)}
@@ -259,7 +290,8 @@ def one_pass(shape: Shape, *, tensors, slopes_N, lengths_B, marks=None, windows_
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret or None,
     )
-    rows = R * B * T * N
+    # Without outputs the most that windows can name: they are data.
+    rows = R * B * N * min(T, P * shape.chunks_per_part * C)
     # A chunk's scores and values, and the state's update and reading.
     flops = rows * (4 * H * H if shape.outputs else 2 * H * H) + shape.outputs * rows * 4 * C * H
     states = ((incoming is not None) * P * R * B * N * H * H + results["outgoing"].size) * 4

@@ -21,8 +21,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.lightning_attention.state import FORGOTTEN
-
 C = 64  # rows of a chunk: those of one warpgroup's matrix instruction
 # Integers per chunk of packed samples: each row's sample twice (one load has one layout), those of
 # the incoming and the outgoing state, whether all of these are one sample, and what makes TMA's
@@ -44,7 +42,7 @@ class Shape:
     reverse: bool
     lengths: bool
     samples: bool
-    outputs: bool  # False: only the states after each part
+    outputs: bool  # False: only states, of what the windows name of each head for each part
     T: int
     H: int
     parts: int
@@ -55,8 +53,6 @@ class Shape:
     scores_in_registers: bool
     queries_in_registers: bool
     interpret: bool
-    # Without outputs: parts share out what "windows" names of each head, instead of the row.
-    windowed: bool = False
 
     @property
     def width(self) -> int:
@@ -73,7 +69,7 @@ class Shape:
 
     @property
     def ragged(self) -> bool:
-        return self.lengths or self.T % C != 0
+        return self.lengths or not self.outputs or self.T % C != 0
 
 
 class Block:
@@ -92,25 +88,15 @@ class Block:
         self.columns = pl.ds(lax.rem(column, jnp.int32(shape.value_splits)) * shape.width,
                              shape.width)
         self.slope = refs["slopes"][self.n]
+        if not shape.outputs:
+            self.first, stop, self.low, self.length = (
+                refs["windows"][self.b, self.part, self.n, i] for i in range(4))
+            self.count = stop - self.first
+            return
         self.length = refs["lengths"][self.b] if shape.lengths else jnp.int32(shape.T)
         self.first = self.part * shape.chunks_per_part
         filled = lax.div(self.length + (C - 1), jnp.int32(C))
         self.count = jnp.clip(filled - self.first, 0, shape.chunks_per_part)
-        if shape.windowed:
-            first, share, end, self.low = (refs["windows"][self.b, self.n, i] for i in range(4))
-            self.first = first + self.part * share
-            self.count = jnp.clip(end - self.first, 0, share)
-        elif not shape.outputs:
-            self.skip_forgotten()
-
-    def skip_forgotten(self):
-        """A part's local state needs no tokens that have decayed to nothing at its end."""
-        tokens = jnp.minimum(FORGOTTEN / jnp.maximum(self.slope, 1e-9), float(self.s.T))
-        # One chunk more for the rounding, one for a last chunk that is not full.
-        needed = jnp.minimum(self.count, lax.div(tokens.astype(jnp.int32), jnp.int32(C)) + 2)
-        if not self.s.reverse:
-            self.first = self.first + self.count - needed
-        self.count = needed
 
     def run(self):
         group = lax.axis_index("warpgroup")
@@ -222,7 +208,7 @@ class Block:
             plgpu.barrier_wait(refs["full"].at[slot])
             distance = row + 1 if s.reverse else jnp.maximum(rows - 1 - row, 0)
             enters, stays = row < rows, self.decay(jnp.asarray(rows, jnp.int32))
-            if s.windowed:
+            if not s.outputs:
                 enters = enters & (row >= self.low - chunk * C)
             decay_C = self.decay(distance)
             if s.ragged:

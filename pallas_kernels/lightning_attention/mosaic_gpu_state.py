@@ -1,20 +1,13 @@
-"""The state after a piece of a sequence on Hopper GPUs: the state passes of `mosaic_gpu`, windowed.
-
-The chunks of each head that still matter at the row's end are shared out evenly to parts, which run
-at the same time: one slow head would else keep one multiprocessor busy while the others wait.
-"""
-
-import dataclasses
+"""The state after a piece of a sequence on Hopper GPUs: a row as the one part of `local_states`."""
 
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.lightning_attention.mosaic_gpu import Config, choose, one_pass
+from pallas_kernels.lightning_attention.mosaic_gpu import local_states
 from pallas_kernels.lightning_attention.mosaic_gpu_block import C
-from pallas_kernels.lightning_attention.state import windows
 
-# A part for so many chunks of a row, and no more than these: each costs a start and a state.
-_CHUNKS, _MOST_PARTS = 128, 16
+# A piece for so many chunks of a row, and no more than these: each costs a start and a state.
+_CHUNKS, _MOST_PIECES = 128, 16
 
 
 def state(k_BTNH, v_BTNH, slopes_N, first_B, end_B, reverse, *, interpret=False):
@@ -33,24 +26,8 @@ def state(k_BTNH, v_BTNH, slopes_N, first_B, end_B, reverse, *, interpret=False)
         raise ValueError(
             "lightning_state's 'mosaic_gpu' takes bfloat16 and heads of 64 or 128; got "
             f"{k_BTNH.dtype} and {H}. Pass 'xla' or None.")
-    begin_BN, stop_BN = windows(slopes_N, first_B, end_B, T, reverse)
-    begin_BN, stop_BN = (begin_BN // C, -(-stop_BN // C))
-    parts = min(-(-T // (_CHUNKS * C)), _MOST_PARTS)
-    # Whole heads where the copies allow it, so that keys are read once.
-    config = Config(value_splits=1, stages=4, output_warpgroups=1, sequence_splits=1)
-    shape = dataclasses.replace(
-        choose(config, ((0, 0, 1),), reverse, False, True, B, T, N, H, bool(interpret)),
-        outputs=False, windowed=True, parts=parts)
-    share_BN = -(-jnp.maximum(stop_BN - begin_BN, 0) // parts)
-    low_BN = jnp.broadcast_to(first_B[:, None], begin_BN.shape)
-    (local_RBPNHH,) = one_pass(
-        shape, tensors=(k_BTNH, v_BTNH), slopes_N=slopes_N, lengths_B=end_B, interpret=interpret,
-        windows_BN4=jnp.stack([begin_BN, share_BN, stop_BN, low_BN], axis=-1))
-    part_P1 = jnp.arange(parts + 1, dtype=jnp.int32)[:, None]
-    edge_BPN = (begin_BN[:, None] + part_P1 * share_BN[:, None]) * C
-    if reverse:  # a part's state lies before its first token
-        steps_BPN = edge_BPN[:, :-1]
-    else:
-        steps_BPN = jnp.maximum(end_B[:, None, None] - edge_BPN[:, 1:], 0)
-    decay_BPN = jnp.exp(-slopes_N * steps_BPN.astype(jnp.float32))
-    return (decay_BPN[..., None, None] * local_RBPNHH[0]).sum(axis=1)
+    (state_BPNHH,) = local_states(
+        (k_BTNH, v_BTNH), ((0, 0, 1),), jnp.asarray(slopes_N, jnp.float32), first_B[:, None],
+        jnp.maximum(first_B, end_B)[:, None], span=T,
+        pieces=min(-(-T // (_CHUNKS * C)), _MOST_PIECES), reverse=reverse, interpret=interpret)
+    return state_BPNHH[:, 0]

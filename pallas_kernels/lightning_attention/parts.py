@@ -35,30 +35,44 @@ def chunk_boundaries(samples_BT, lengths_B, C, reverse):
     return boundaries(samples_BT, lengths_B, first_c, first_c + C, reverse)
 
 
+def givers(parts: int, reverse: bool) -> slice:
+    """The parts whose state another one takes: all but the last, in reverse all but the first."""
+    return slice(1, parts) if reverse else slice(0, parts - 1)
+
+
+def edges(lengths_B, B, T, span):
+    """Positions of the first token of each part of `span` and of the one after its last, [B, P]."""
+    edge_p = jnp.arange(-(-T // span) + 1, dtype=jnp.int32) * span
+    edge_Bp = jnp.minimum(edge_p, valid_lengths(lengths_B, B, T)[:, None])
+    return edge_Bp[:, :-1], edge_Bp[:, 1:]
+
+
 def prefix(local, incoming, slopes_N, samples_BT, lengths_B, *, T, span, reverse):
     """States at which parts of `span` tokens begin, from those each makes of an empty one.
 
-    local: [roles, B, parts, N, H, H]; incoming: the same with one part.
+    local: [roles, B, P - 1, N, H, H], of the parts that `givers` names; incoming: the same of one
+    part.
     """
-    _, B, P, N, _, _ = local.shape
+    B = local.shape[1]
     length_B1 = valid_lengths(lengths_B, B, T)[:, None]
-    edge_p = jnp.arange(P + 1, dtype=jnp.int32) * span
-    edge_Bp = jnp.minimum(edge_p, length_B1)
-    first_Bp, end_Bp = edge_Bp[:, :-1], edge_Bp[:, 1:]
-    part_P = jnp.arange(P)
+    first_BP, end_BP = edges(lengths_B, B, T, span)
+    P = first_BP.shape[1]
+    given = givers(P, reverse)
+    part_P1, part_Q = jnp.arange(P)[:, None], jnp.arange(P)[given]
     if reverse:  # part p takes from part q behind it
-        gap_BPP = first_Bp[:, None, :] - end_Bp[:, :, None]
-        feeds_BPP = jnp.broadcast_to(part_P[None, :] > part_P[:, None], gap_BPP.shape)
-        gap_BP = length_B1 - end_Bp
+        gap_BPQ = first_BP[:, None, given] - end_BP[:, :, None]
+        feeds_BPQ = jnp.broadcast_to(part_Q > part_P1, gap_BPQ.shape)
+        gap_BP = length_B1 - end_BP
     else:
-        gap_BPP = first_Bp[:, :, None] - end_Bp[:, None, :]
-        feeds_BPP = jnp.broadcast_to(part_P[None, :] < part_P[:, None], gap_BPP.shape)
-        gap_BP = first_Bp
+        gap_BPQ = first_BP[:, :, None] - end_BP[:, None, given]
+        feeds_BPQ = jnp.broadcast_to(part_Q < part_P1, gap_BPQ.shape)
+        gap_BP = first_BP
     own_BP = jnp.ones((B, P), bool)
     if samples_BT is not None:
+        edge_p = jnp.arange(P + 1, dtype=jnp.int32) * span
         source, target = boundaries(samples_BT, lengths_B, edge_p[:-1], edge_p[1:], reverse)
         # A part of padding alone hands on nothing of its own: its local state is zero.
-        feeds_BPP &= source[:, :, None] == target[:, None, :]
+        feeds_BPQ &= source[:, :, None] == target[:, None, given]
         last_B1 = jnp.take_along_axis(samples_BT, jnp.maximum(length_B1 - 1, 0), axis=1)
         own_BP = source == (last_B1 if reverse else 0)
 
@@ -67,7 +81,7 @@ def prefix(local, incoming, slopes_N, samples_BT, lengths_B, *, T, span, reverse
         return jnp.where(mask[..., None], decay, 0.0)
 
     # Plain sums of products: exact in float32, and one fusion.
-    between = weight(gap_BPP, feeds_BPP)[None, ..., None, None] * local[:, :, None]
+    between = weight(gap_BPQ, feeds_BPQ)[None, ..., None, None] * local[:, :, None]
     return between.sum(3) + weight(gap_BP, own_BP)[None, ..., None, None] * incoming
 
 

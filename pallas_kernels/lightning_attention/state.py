@@ -84,7 +84,7 @@ def windows(slopes_N, first_B, end_B, T: int, reverse: bool):
     first_BN, end_BN = (jnp.broadcast_to(x[:, None], (x.shape[0], lasting_N.shape[0]))
                         for x in (first_B, jnp.maximum(first_B, end_B)))
     if reverse:
-        return first_BN, jnp.minimum(end_BN, lasting_N)
+        return first_BN, jnp.minimum(end_BN, first_BN + lasting_N)
     return jnp.maximum(first_BN, end_BN - lasting_N), end_BN
 
 

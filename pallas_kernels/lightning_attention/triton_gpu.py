@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tuning
 from pallas_kernels.costs import kernel_cost
-from pallas_kernels.lightning_attention.parts import chunk_boundaries, prefix
+from pallas_kernels.lightning_attention.parts import chunk_boundaries, givers, prefix
 
 HEAD_DIMS = (16, 32, 64, 128)
 _SIZES = pathlib.Path(__file__).with_suffix(".json")
@@ -103,8 +103,8 @@ def run(roles: Sequence[tuple[jax.Array, jax.Array, jax.Array]], slopes_N,
             (local,) = launch(
                 kernels.lightning_states, *tensors[1:3], *tensors[4:], *marks, T, chunks_per_part,
                 out_shape=(local,), **common)
-        incoming = prefix(local, incoming, slopes_N, samples_BT, lengths_B, T=T,
-                          span=chunks_per_part * C, reverse=reverse)
+        incoming = prefix(local[:, :, givers(P, reverse)], incoming, slopes_N, samples_BT,
+                          lengths_B, T=T, span=chunks_per_part * C, reverse=reverse)
     out, unused = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((B, T, N, H), (1,)))
     outgoing = jax.ShapeDtypeStruct((R, B, N, H, H), f32)
     # A chunk's scores and values for each share of the columns, the state's update and reading.

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import gpu_lightning
 from pallas_kernels import (
     dispatch,
     lightning_attention,
@@ -30,6 +31,7 @@ from pallas_kernels.lightning_attention import (
     mosaic_gpu_decode,
     mosaic_gpu_state,
 )
+from pallas_kernels.lightning_attention import pieces as pieces_of
 from tests.pallas_kernels import hopper
 from tests.pallas_kernels.lightning_spans import expected
 from tests.reference import lightning as f64
@@ -53,6 +55,10 @@ SMALL = {  # name -> B, T, N, H, layer, config, packed, lengths
     "packed_long": (1, 640, 1, 128, 40, Config(sequence_splits=2), True, None),
     "parts_fast": (1, 640, 1, 64, 0, Config(sequence_splits=2), False, None),
     "parts_fast_lengths": (2, 640, 1, 64, 0, Config(sequence_splits=2), False, (600, 321)),
+    # What lasts in a part, in several pieces: less than the part, all of it, all and undecayed.
+    "pieces_fast": (1, 1152, 2, 64, 0, Config(sequence_splits=2), False, None),
+    "pieces_packed_lengths": (2, 650, 1, 64, 78, Config(sequence_splits=2), True, (600, 321)),
+    "pieces_no_decay": (1, 500, 1, 128, None, Config(sequence_splits=2), False, None),
     "separate": (1, 130, 1, 64, 78, Config(joint=False), False, None),
 }
 
@@ -68,7 +74,7 @@ def inputs(case):
     rng = np.random.default_rng(T)
     q, k, v, dout = (jnp.asarray(rng.standard_normal((B, T, N, H)), jnp.bfloat16) for _ in "qkvo")
     state, dstate = (jnp.asarray(rng.standard_normal((B, N, H, H)), jnp.float32) for _ in "sd")
-    slopes = f64.slopes(64, layer, 80)[[0, 31]][:N]
+    slopes = np.zeros(N) if layer is None else f64.slopes(64, layer, 80)[[0, 31]][:N]
     starts = None
     if packed:
         starts = np.zeros((B, T), bool)
@@ -88,6 +94,12 @@ def interpret(case):
     kind, name = case.split("/")
     if kind == "decode":
         return decode(params, *DECODE[name])
+    if kind == "unread":
+        return unread(params, name == "reverse")
+    if kind == "benchmark":
+        return splits(params)
+    if name.startswith("pieces"):
+        mosaic_gpu._PIECE = 2
     (q, k, v, dout), state, dstate, slopes, starts, lengths, config = inputs(name)
     if kind == "state":
         return states(params, k, v, slopes, starts, lengths)
@@ -120,6 +132,43 @@ def states(params, k, v, slopes, starts, lengths):
         run(*exact, reverse=reverse, implementation="reference")) for reverse in (False, True)}
 
 
+def unread(params, reverse):
+    """States of two parts in pieces; what is forgotten at a part's end holds NaN, if not read."""
+    T, N, H, pieces, C = 1152, 2, 64, 4, 64
+    first, end = (jnp.array([x], jnp.int32) for x in ([0, 576], [576, 1100]))
+    slopes = f64.slopes(64, 0, 80)[[0, 31]]  # 31 and 449 tokens last
+    rng = np.random.default_rng(0)
+    k, v = (jnp.asarray(rng.standard_normal((1, T, N, H)), jnp.bfloat16) for _ in "kv")
+    table = pieces_of.share_out(jnp.asarray(slopes, jnp.float32), first, end, pieces, T=T, C=C,
+                                reverse=reverse)
+    read = np.zeros((1, T, N, 1), bool)
+    for piece in np.asarray(table)[0].reshape(-1, N, 4):
+        for n, (begin, stop, _, _) in enumerate(piece):
+            read[0, begin * C:stop * C, n] = True
+    (got,) = mosaic_gpu.local_states(
+        [jnp.where(read, x, jnp.nan) for x in (k, v)], ((0, 0, 1),),
+        jnp.asarray(slopes, jnp.float32), first, end, span=576, pieces=pieces, reverse=reverse,
+        interpret=params)
+    wanted = []
+    for a, b in zip(first[0].tolist(), end[0].tolist(), strict=True):
+        steps = np.arange(1, b - a + 1) if reverse else np.arange(b - a)[::-1]
+        decayed = np.exp(-slopes * steps[:, None])[..., None] * np.asarray(k, np.float64)[0, a:b]
+        wanted.append(np.einsum("tnh,tng->nhg", decayed, np.asarray(v, np.float64)[0, a:b]))
+    return {"state": norm_ratio(got, np.stack(wanted)[None]), "less": bool(read.mean() < 0.6)}
+
+
+def splits(params):
+    """The benchmark's sweep of parts at a small shape, its clock left out."""
+    mosaic_gpu._PIECE = 2
+    run = gpu_lightning.Run(600, 4243)
+    gpu_lightning.time_splits(
+        run, {(1, 520, 1): gpu_lightning.HALVES_AND_PARTS}, lambda call: 1.0, params)
+    assert not run.failures, run.failures
+    return {"checked": [x["ok"] for x in run.checks] == [True, True],
+            "timed": [x["kind"] for x in run.times] == ["layer 40", "layer 78"] * 2,
+            **{name: max(x[name] for x in run.checks) for name in ("out", "state")}}
+
+
 def decode(params, *step_config):
     """Rows with their own slots, one of them inert; the states of no row stay as they were."""
     mosaic_gpu_decode._MULTIPROCESSORS = 2  # so that a resident block goes round its ring
@@ -147,6 +196,9 @@ REAL = {
     "1x524288": (1, 1 << 19, 64, 128, None, False, False),
     "1x1048576": (1, 1 << 20, 64, 128, None, False, False),
     "8_heads_1x131072": (1, 1 << 17, 8, 128, None, False, False),
+    "packed_8_heads_1x131072": (1, 1 << 17, 8, 128, None, True, False),
+    "whole_heads_in_two_1x16384": (1, 1 << 14, 64, 128,
+                                   Config(value_splits=1, sequence_splits=2), False, False),
     "packed_1x131072": (1, 1 << 17, 64, 128, None, True, False),
     "packed_lengths_2x4097": (2, 4097, 8, 128, None, True, True),
     "1x1": (1, 1, 64, 128, None, False, False),

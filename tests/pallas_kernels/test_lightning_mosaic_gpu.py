@@ -19,19 +19,22 @@ if not hasattr(plgpu, "InterpretGPUParams"):
 MOST_SHARED_MEMORY = 232448  # bytes a block of an H200 may have
 FORWARD = ("one_token", "one_chunk", "tail", "fast_decay", "whole_head", "packed", "lengths",
            "packed_lengths", "packed_long", "parts", "parts_fast", "parts_fast_lengths",
-           "parts_packed_lengths")
+           "parts_packed_lengths", "pieces_fast", "pieces_packed_lengths", "pieces_no_decay")
 BACKWARD = ("tail", "lengths", "packed_lengths", "packed_long", "parts_fast_lengths",
-            "parts_packed_lengths", "separate")
+            "parts_packed_lengths", "separate", "pieces_packed_lengths")
 STATE = ("one_token", "tail", "packed_lengths", "parts_fast_lengths", "lengths", "packed_long")
 INTERPRETED = [*(f"forward/{x}" for x in FORWARD), *(f"backward/{x}" for x in BACKWARD),
-               *(f"state/{x}" for x in STATE),
+               *(f"state/{x}" for x in STATE), "unread/forward", "unread/reverse",
+               "benchmark/splits",
                *(f"decode/slots{x}" for x in ("", "_two_heads", "_resident", "_resident_ring"))]
 COMPILED = [*(f"forward/{x}" for x in (
     "1x8192", "8x8192", "1x1048576", "8_heads_1x131072", "packed_1x131072",
     "packed_1x8192", "packed_8x8192", "packed_registers_1x131072", "packed_one_1x131072",
-    "packed_lengths_2x4097", "1x1", "1x63", "whole_head_8x8192", "one_warpgroup_1x8192")),
+    "packed_lengths_2x4097", "1x1", "1x63", "whole_head_8x8192", "one_warpgroup_1x8192",
+    "packed_8_heads_1x131072", "whole_heads_in_two_1x16384")),
     *(f"backward/{x}" for x in (
-        "1x8192", "8x8192", "packed_1x8192", "packed_1x131072", "packed_lengths_2x4097")),
+        "1x8192", "8x8192", "packed_1x8192", "packed_1x131072", "packed_lengths_2x4097",
+        "8_heads_1x131072", "packed_8_heads_1x131072")),
     *(f"state/{x}" for x in ("8x8192", "1x524288", "packed_1x131072", "packed_lengths_2x4097")),
     *(f"decode/{x}" for x in ("1", "256", "16x2", "16x4", "16_resident", "16_resident_wide")),
     "public/2"]
