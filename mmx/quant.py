@@ -75,22 +75,18 @@ def quantize_params(params: Mapping) -> dict:
 def turns(spec: ParamSpec, sharding=None, turned: bool | None = None) -> bool:
     """Whether the parameter, in int8, lies as matrices [out, in]: the one place that decides it.
 
-    By itself it does where a Hopper GPU's kernels then multiply integers: experts on any mesh,
-    as each device multiplies its own, others on one device alone, as a compiler that shares out a
-    product cannot cut a kernel.
+    By itself it does where a Hopper GPU's kernels then multiply integers, each device its own.
 
     Args:
       spec: of the parameter; its dtype is that of activations.
       sharding: of the plain parameter; one device if None.
-      turned: False for none, True for all but what a mesh forbids, on any device: to compare.
+      turned: False for none, True for all, on any device: to compare.
     """
     axes = contracted_axes(spec.path)
     if turned is False or not axes:
         return False
     shape = spec.shape
-    if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
-        if "/moe/" not in spec.path:
-            return False
+    if isinstance(sharding, NamedSharding):
         shape = sharding.shard_shape(shape)
     inner, outer = shape[axes[0]:axes[-1] + 1], shape[axes[-1] + 1:]
     return turned or matrices_fit(spec.dtype, math.prod(inner), math.prod(outer))

@@ -61,14 +61,15 @@ class LightningAttention(nnx.Module):
         The output is [B, T, D], or [B, 1, D] at each row's last token with `tokens.last_only`.
         """
         h_BTD = ops.constrain(h_BTD, "rows", "time", "hidden")
-        weight, gate = ops.use(self.qkv[...], "embed", "heads", None, None), None
+        weight, gate, inference = self.qkv[...], None, tokens.offsets_B is not None
         if isinstance(weight, Wide):
             joint = project("btd,df->btf", h_BTD, weight.values)
             F = joint.shape[-1] // 4
             qkv = jax.nn.silu(joint[..., :3 * F]).reshape(*joint.shape[:2], -1, 3, self.head_dim)
             gate = joint[..., 3 * F:].reshape(*joint.shape[:2], -1, self.head_dim)
         else:
-            qkv = project("btd,dnch->btnch", h_BTD, weight, activation=jax.nn.silu)
+            qkv = ops.project(project, "btd,dnch->btnch", h_BTD, weight,
+                              ("embed", "heads", None, None), jax.nn.silu, inference)
         q, k, v = (qkv[..., i, :] for i in range(3))
         out_BTNH, state_BNHH = ops.lightning(
             q, k, v, slopes_N, state_BNHH, tokens.starts_BT, tokens.lengths_B)
@@ -77,13 +78,12 @@ class LightningAttention(nnx.Module):
                 None if x is None else last_token(x, tokens.lengths_B)
                 for x in (h_BTD, out_BTNH, gate))
         if gate is None:
-            gate = project(
-                "btd,dnh->btnh", h_BTD, ops.use(self.gate[...], "embed", "heads", None))
+            gate = ops.project(project, "btd,dnh->btnh", h_BTD, self.gate[...],
+                               ("embed", "heads", None), None, inference)
         gated = jax.nn.sigmoid(gate) * self.norm(out_BTNH)
         gated = ops.constrain(gated, "rows", "time", "heads", None)
-        out = ops.use(self.out[...], "heads", None, "embed")
-        out_BTD = ops.summed(lambda dtype: project("btnh,nhd->btd", gated, out, dtype),
-                             gated, tokens.offsets_B is not None)
+        out_BTD = ops.project(project, "btnh,nhd->btd", gated, self.out[...],
+                              ("heads", None, "embed"), None, inference)
         return ops.constrain(out_BTD, "rows", "time", "hidden"), state_BNHH
 
 

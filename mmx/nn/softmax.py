@@ -30,12 +30,14 @@ class SoftmaxAttention(nnx.Module):
         """
         position_BT, lengths_B = tokens.position_BT, tokens.lengths_B
         h_BTD = ops.constrain(h_BTD, "rows", "time", "hidden")
-        k, v = (project("btd,dkh->btkh", h_BTD, ops.use(w[...], "embed", "kv_heads", None))
-                for w in (self.k, self.v))
+        inference = cache is not None
+        k, v = (ops.project(project, "btd,dkh->btkh", h_BTD, w[...], ("embed", "kv_heads", None),
+                            None, inference) for w in (self.k, self.v))
         k = apply_rope(k, position_BT, self.rotary_dim, self.theta)
         if tokens.last_only:
             h_BTD, position_BT = (last_token(x, lengths_B) for x in (h_BTD, position_BT))
-        q = project("btd,dnh->btnh", h_BTD, ops.use(self.q[...], "embed", "heads", None))
+        q = ops.project(project, "btd,dnh->btnh", h_BTD, self.q[...], ("embed", "heads", None),
+                        None, inference)
         q = apply_rope(q, position_BT, self.rotary_dim, self.theta)
         if cache is None:
             out, new = ops.attention(q, k, v, tokens.samples_BT), None
@@ -44,7 +46,6 @@ class SoftmaxAttention(nnx.Module):
             out, new = ops.cached_attention(
                 q, k, v, (k_cache, v_cache), offsets_B, lengths_B)
         out = ops.constrain(out, "rows", "time", "heads", None)
-        weight = ops.use(self.out[...], "heads", None, "embed")
-        out_BTD = ops.summed(lambda dtype: project("btnh,nhd->btd", out, weight, dtype),
-                             out, tokens.offsets_B is not None)
+        out_BTD = ops.project(project, "btnh,nhd->btd", out, self.out[...],
+                              ("heads", None, "embed"), None, inference)
         return ops.constrain(out_BTD, "rows", "time", "hidden"), new

@@ -74,8 +74,8 @@ def over_mesh(ops, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down, 
         return out.reshape(g.shape)
 
     entry = _entry(owners), _entry(width)
-    weights = (_leaf_spec(gate_up, P(None, entry[0], None, entry[1])),
-               _leaf_spec(down, P(entry[0], entry[1], None)))
+    weights = (leaf_spec(gate_up, P(None, entry[0], None, entry[1])),
+               leaf_spec(down, P(entry[0], entry[1], None)))
     method = _method(ops, bool(owners) and set(owners) <= set(spread), parts, k,
                      local_pairs, not (inference or capacity))
     if method == SUM:
@@ -201,14 +201,14 @@ def _without(entry, names):
     return _entry(tuple(name for name in names_of(entry) if name not in names))
 
 
-def _leaf_spec(leaf, spec: P):
+def leaf_spec(leaf, spec: P):
     """The spec of a plain leaf, of an int8 leaf's values and scale, or of such inside a stack.
 
     `spec` is by the plain axes, also for a turned leaf. A scale is whole along the axes where it
     is 1.
     """
     if isinstance(leaf, Stacked):
-        return Stacked(_leaf_spec(leaf.whole, P(None, *spec)), P())
+        return Stacked(leaf_spec(leaf.whole, P(None, *spec)), P())
     if isinstance(leaf, TurnedTensor):
         values, scale = turned_specs(spec, leaf.ndim, leaf.values.ndim - 2, len(leaf.inner))
         return dataclasses.replace(leaf, values=values, scale=scale)

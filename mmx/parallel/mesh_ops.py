@@ -11,9 +11,12 @@ from jax.sharding import PartitionSpec as P
 
 from mmx.errors import UserError
 from mmx.parallel import experts, lasp, ring, rows
+from mmx.parallel.experts import leaf_spec
 from mmx.parallel.ops import NO_CHOICE, Ops, first_query, pad_slots, write_rows
 from mmx.sharding.rules import Rules, axes_of, check_axes, partition
 from pallas_kernels import attention, lightning_attention, partial_attention
+from pallas_kernels.grouped_matmul.stacked import Stacked, cut
+from pallas_kernels.quantized import TurnedTensor
 
 
 class MeshOps(Ops):
@@ -47,25 +50,72 @@ class MeshOps(Ops):
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P()))
 
     def use(self, weight, *logical):
-        if not self.rules.embed or self.rules.hidden or self.mesh.size == 1:
+        split = any(self.mesh.shape.get(name, 1) > 1 for name in self.rules.embed)
+        if not split or self.rules.hidden:
             return weight
         whole = [None if name == "embed" else name for name in logical]
-        return jax.tree.map(lambda leaf: self.constrain(leaf, *whole), weight)
+        if not _is_turned(weight):
+            return jax.tree.map(lambda leaf: self.constrain(leaf, *whole), weight)
+        weight = cut(weight)
+        places = leaf_spec(weight, self.spec(weight.shape, *whole))
+        return jax.tree.map(lambda leaf, spec: jax.lax.with_sharding_constraint(
+            leaf, NamedSharding(self.mesh, spec)), weight, places)
 
-    def summed(self, product, x_BTNH, inference=False):
-        """A device of many tokens sums its piece of their time, which is gathered narrow: a quarter
-        less travels than by float32 sums of all tokens for all."""
-        B, T, *_ = x_BTNH.shape
-        lie = self.spec((B, T), "rows", "time")
-        used = [name for entry in lie for name in experts.names_of(entry)]
-        time = experts.names_of(lie[1])
-        heads = axes_of(self.rules, self.mesh, "heads", T // self._parts(time), used)
-        if not (inference and heads and experts.in_pieces(self, B * T // self._parts(used))):
-            return product(x_BTNH.dtype)
-        out_BTD = product(jnp.float32)
-        pieces = (*lie[:1], (*time, *heads), self.spec(out_BTD.shape, "rows", "time", "hidden")[2])
-        return jax.lax.with_sharding_constraint(
-            out_BTD, NamedSharding(self.mesh, P(*pieces))).astype(x_BTNH.dtype)
+    def project(self, product, spec, x, weight, logical, activation=None, inference=False):
+        """A turned weight is each device's own product. Of sums of many tokens over devices each
+        adds its piece of their time, which is gathered narrow: a quarter less travels than by
+        float32 sums of all tokens for all."""
+        weight = self.use(weight, *logical)
+        inputs, output = spec.split("->")
+        left, right = inputs.split(",")
+        axis = dict(zip(right, logical, strict=True))
+        lie = {letter: "hidden" if name == "embed" else name for letter, name in axis.items()}
+        x_spec, out_spec = (self.spec(
+            [size for size, _ in pairs], "rows", "time", *(lie[letter] for _, letter in pairs[2:]))
+            for pairs in (list(zip(x.shape, left, strict=True)),
+                          self._sizes(output, x, left, weight, right)))
+        if self.rules.embed and not self.rules.hidden:
+            logical = [None if name == "embed" else name for name in logical]
+        held = self.spec(weight.shape, *logical)
+        over = tuple(name for letter, entry in zip(right, held, strict=True) if letter not in output
+                     for name in experts.names_of(entry))
+        pieces = self._pieces(x, x_spec, over) if inference else None
+        summed = out_spec if pieces is None else P(out_spec[0], pieces, *out_spec[2:])
+
+        def run(x, weight):
+            if not over:
+                return product(spec, x, weight, None, activation)
+            out = product(spec, x, weight, jnp.float32, None)
+            if pieces is None:
+                out = jax.lax.psum(out, over)
+            else:
+                out = jax.lax.psum_scatter(out, over, scatter_dimension=1, tiled=True)
+            out = out.astype(x.dtype)
+            return out if activation is None else activation(out)
+
+        if _is_turned(weight):
+            return self._island(run, (x_spec, leaf_spec(weight, held)), summed)(x, weight)
+        # Plain ones are left to the compiler, which shares the product out.
+        if pieces is None:
+            return product(spec, x, weight, None, activation)
+        out = product(spec, x, weight, jnp.float32, None)
+        out = jax.lax.with_sharding_constraint(out, NamedSharding(self.mesh, summed))
+        out = out.astype(x.dtype)
+        return out if activation is None else activation(out)
+
+    def _sizes(self, output, x, left, weight, right):
+        sizes = dict(zip(left, x.shape, strict=True)) | dict(zip(right, weight.shape, strict=True))
+        return [(sizes[letter], letter) for letter in output]
+
+    def _pieces(self, x, x_spec, over):
+        """The entry of time, where sums over the axes `over` are made by pieces of it, or None."""
+        time = experts.names_of(x_spec[1])
+        B, T, *_ = x.shape
+        held = B * T // self._parts((*experts.names_of(x_spec[0]), *time))
+        if (not over or not experts.in_pieces(self, held)
+                or T % self._parts((*time, *over))):
+            return None
+        return (*time, *over)
 
     def _parts(self, names) -> int:
         return math.prod(self.mesh.shape[name] for name in names)
@@ -220,6 +270,10 @@ class MeshOps(Ops):
 
     def within_capacity(self, expert_BTk, valid_BT, num_experts: int, capacity: float):
         return experts.within_capacity(self, expert_BTk, valid_BT, num_experts, capacity)
+
+
+def _is_turned(weight) -> bool:
+    return isinstance(weight.whole if isinstance(weight, Stacked) else weight, TurnedTensor)
 
 
 def merge(weighted, total, peak, axes, time=()) -> jax.Array:

@@ -32,9 +32,13 @@ class Ops:
         """A parameter as the next product wants it: whole along a split `embed`, or as it lies."""
         return weight
 
-    def summed(self, product: Callable, x_BTNH, inference: bool = False) -> jax.Array:
-        """`product(dtype)`: [B, T, D], the heads of x summed in float32, in the dtype of x."""
-        return product(x_BTNH.dtype)
+    def project(self, product: Callable, spec: str, x, weight, logical, activation=None,
+                inference: bool = False) -> jax.Array:
+        """`product(spec, x, weight, None, activation)` with x [B, T, ...], `spec` as of einsum.
+
+        `logical`: axes of the weight. `inference` allows what is not to be differentiated.
+        """
+        return product(spec, x, weight, None, activation)
 
     def look_up(self, table: Callable, ids_BT: jax.Array) -> jax.Array:
         """`table(ids_BT)`: rows of a table whose words may lie apart."""

@@ -119,13 +119,12 @@ def test_hopper_turns_what_its_kernels_take(monkeypatch, config):
 
 
 @pytest.mark.parametrize("sizes, turned", [
-    ({"expert": 1}, "all"), ({"expert": 4, "tensor": 2}, "/moe/"), ({"tensor": 8}, "/moe/"),
-    # 9,216 columns over 64 devices are 144 of each, and over 5 would not be equal.
-    ({"tensor": 64}, "none")], ids=str)
-def test_on_a_mesh_of_hopper_gpus_experts_alone(monkeypatch, sizes, turned):
+    ({"expert": 1}, "/"), ({"expert": 4, "tensor": 2}, "/"), ({"tensor": 8}, "/"),
+    # 9,216 columns over 64 devices are 144 of each.
+    ({"tensor": 64}, "/attn/")], ids=str)
+def test_on_a_mesh_of_hopper_gpus_what_each_multiplies(monkeypatch, sizes, turned):
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
     period = preset("period")
-    every = {path for path in model.param_specs(period) if quant.contracted_axes(path)}
-    wanted = {"all": every, "none": set()}.get(
-        turned, {path for path in every if turned in path})
+    wanted = {path for path in model.param_specs(period)
+              if quant.contracted_axes(path) and turned in path}
     assert chosen(monkeypatch, period, mesh=mesh) == wanted

@@ -32,7 +32,9 @@ CASES = (
     "data=2,expert=4/prefill/8/dispatch=all_to_all", "data=2,expert=2,tensor=2/train/4",
     "data=2,sequence=2,expert=2/train/4",
     "data=2,expert=2,tensor=2/train/4/dispatch=ragged/rows=part/groups=2/capacity=0.75",
-    "expert=4,tensor=2/prefill/4/int8/turned/dispatch=all_to_all", "expert=1/decode/2/int8/turned",
+    "expert=4,tensor=2/prefill/4/int8/turned/dispatch=all_to_all",
+    "sequence=2,expert=2,tensor=2/long/1/int8/turned/sums=pieces",
+    "tensor=4/prefill/2/int8/turned/sums=pieces", "expert=1/decode/2/int8/turned",
     *(f"skewed/{form}/{rows}/{groups}/{tensor}" for form in ("all_to_all", "ragged")
       for rows, groups, tensor in (("all", 1, 2), ("part", 3, 4))),
     "sequence=2,expert=4/long/1/int8/dispatch=ragged/groups=2",
