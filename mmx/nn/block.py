@@ -36,7 +36,8 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD, slopes_N, memory, tokens: Tokens, ops: Ops):
         """Returns (x, new memory, RouterStats); memory is a lightning state, (k, v), or None."""
-        h = ops.constrain(self.attn_norm(x_BTD), "batch", "time", None)
+        inference = tokens.offsets_B is not None
+        h = ops.between(self.attn_norm(x_BTD), inference)
         if self.kind == LIGHTNING:
             out, memory = self.attn(h, slopes_N, memory, tokens, ops)
         else:
@@ -48,9 +49,9 @@ class Block(nnx.Module):
             valid_BT = valid_BT[:, :1]
         alpha, beta = self.attn_factors
         x_BTD = alpha * (h if self.postnorm else x_BTD) + beta * out
-        x_BTD = ops.constrain(x_BTD, "batch", "time", None)
-        g = self.mlp_norm(x_BTD)
-        inference = tokens.offsets_B is not None
+        x_BTD = ops.between(x_BTD, inference)
+        g = ops.between(self.mlp_norm(x_BTD), inference)
         out, stats = self.moe(g, valid_BT, ops, inference, tokens.capacity)
         alpha, beta = self.mlp_factors
-        return alpha * (g if self.postnorm else x_BTD) + beta * out, memory, stats
+        x_BTD = ops.between(alpha * (g if self.postnorm else x_BTD) + beta * out, inference)
+        return x_BTD, memory, stats

@@ -84,7 +84,7 @@ class LightningAttention(nnx.Module):
         gated = ops.constrain(gated, "rows", "time", "heads", None)
         out_BTD = ops.project(project, "btnh,nhd->btd", gated, self.out[...],
                               ("heads", None, "embed"), None, inference)
-        return ops.constrain(out_BTD, "rows", "time", "hidden"), state_BNHH
+        return out_BTD, state_BNHH
 
 
 def zero_state(config: ModelConfig, batch: int) -> jax.Array:

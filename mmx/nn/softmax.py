@@ -48,4 +48,4 @@ class SoftmaxAttention(nnx.Module):
         out = ops.constrain(out, "rows", "time", "heads", None)
         out_BTD = ops.project(project, "btnh,nhd->btd", out, self.out[...],
                               ("heads", None, "embed"), None, inference)
-        return ops.constrain(out_BTD, "rows", "time", "hidden"), new
+        return out_BTD, new

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from mmx.parallel import capacity as capacities
+from mmx.parallel import sums
 from mmx.parallel.exchange import ROOM, exchange_experts
 from mmx.parallel.ops import Ops
 from mmx.sharding.rules import axes_of, turned_specs
@@ -19,8 +20,6 @@ from pallas_kernels.quantized import QuantizedTensor, TurnedTensor
 METHODS = SUM, PADDED, RAGGED = "sum", "all_to_all", "ragged"
 # A group reads the weights of its experts anew: so many rows each hide that behind their products.
 GROUP_ROWS = 512
-# Of fewer rows on a device (a decode step's) the number of messages counts, not their bytes.
-MANY = 256
 
 
 def over_mesh(ops, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down, inference: bool,
@@ -58,11 +57,12 @@ def over_mesh(ops, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down, 
         out = Ops.experts(ops, run, g, weight, expert, gate_up, down)
         if back == apart:
             return jax.lax.psum(out, shared) if shared else out
-        for axis, entry in enumerate(back[:2]):
-            added = tuple(name for name in names_of(entry) if name in shared)
-            if added:
-                out = jax.lax.psum_scatter(out, added, scatter_dimension=axis, tiled=True)
-        return out.astype(g.dtype)  # narrow, before anything is gathered
+        # Rows first: what is left of the sum is of fewer tokens, and narrow when it is gathered.
+        added = [(axis, tuple(name for name in names_of(entry) if name in shared))
+                 for axis, entry in enumerate(back[:2])]
+        for axis, names in [one for one in added if one[1]]:
+            out = sums.keep_piece(out, names, axis, g.dtype, form)
+        return out
 
     def exchanged(g, weight, expert, gate_up, down):
         flat = (x.reshape(-1, x.shape[-1]) for x in (g, weight, expert))
@@ -80,7 +80,10 @@ def over_mesh(ops, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down, 
                      local_pairs, not (inference or capacity))
     if method == SUM:
         lie, island = apart, body
-        back = _pieces(ops, g_BTD.shape, tokens, apart, shared) if inference else apart
+        held = g_BTD.shape[0] * g_BTD.shape[1] // _count(
+            ops.mesh, [name for entry in apart for name in names_of(entry)])
+        form = sums.form(ops, held) if inference else sums.WHOLE
+        back = apart if form == sums.WHOLE else _pieces(ops, g_BTD.shape, tokens, apart, shared)
     else:
         lie, island, back = tokens, exchanged, tokens
     return ops._island(island, (lie, lie, lie, *weights), back)(
@@ -89,7 +92,7 @@ def over_mesh(ops, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down, 
 
 def _pieces(ops, shape, tokens: P, apart: P, shared) -> P:
     """How sums over the axes `shared` lie where each device adds a piece of many tokens: as near to
-    `tokens` as can be. `apart`, whole sums on all, for few tokens and where they do not divide.
+    `tokens` as can be; `apart`, whole sums on all, where that does not divide.
     """
     rows, time = names_of(tokens[0]), names_of(tokens[1])
     back = {name: axis for axis, names in ((1, shared), (0, rows), (1, time))
@@ -97,19 +100,10 @@ def _pieces(ops, shape, tokens: P, apart: P, shared) -> P:
     order = sorted(shared, key=lambda name: (*rows, *time, *shared).index(name))
     entries = [(*names_of(apart[axis]), *(name for name in order if back[name] == axis))
                for axis in (0, 1)]
-    held = _count(ops.mesh, [*names_of(apart[0]), *names_of(apart[1])])
-    if (not shared or not in_pieces(ops, shape[0] * shape[1] // held) or entries[0] != rows
-            or entries[1][:len(time)] != time or shape[1] % _count(ops.mesh, entries[1])):
+    if (not shared or entries[0] != rows or entries[1][:len(time)] != time
+            or shape[1] % _count(ops.mesh, entries[1])):
         return apart
     return P(*map(_entry, entries), *apart[2:])
-
-
-def in_pieces(ops, tokens: int) -> bool:
-    """Whether of `tokens` each device adds a piece ("pieces"), or all of them ("whole")."""
-    named = ops.names.get("sums")
-    if named not in (None, "pieces", "whole"):
-        raise ValueError(f"sums='{named}' is not one of 'pieces', 'whole'.")
-    return tokens >= MANY if named is None else named == "pieces"
 
 
 def within_capacity(ops, expert_BTk, valid_BT, num_experts: int, capacity: float):
@@ -136,7 +130,7 @@ def _method(ops, possible: bool, parts: int, k: int, pairs: int, trained: bool) 
     method = ops.names.get("dispatch")
     if method is None:
         ragged = _has_ragged()
-        if not possible or trained or parts <= ROOM * k and not (ragged and pairs >= MANY):
+        if not possible or trained or parts <= ROOM * k and not (ragged and pairs >= sums.MANY):
             return SUM
         return RAGGED if ragged else PADDED
     if method not in METHODS:
@@ -167,7 +161,7 @@ def _split(ops, owners, pairs: int) -> bool:
         devices = ops.mesh.devices[tuple(
             slice(None) if name in owners else 0 for name in ops.mesh.axis_names)]
         far = len({device.process_index for device in devices.flat}) > 1
-    return far and pairs >= MANY
+    return far and pairs >= sums.MANY
 
 
 def _router(ops) -> str:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmx.errors import UserError
-from mmx.parallel import experts, lasp, ring, rows
+from mmx.parallel import experts, lasp, ring, rows, sums
 from mmx.parallel.experts import leaf_spec
 from mmx.parallel.ops import NO_CHOICE, Ops, first_query, pad_slots, write_rows
 from mmx.sharding.rules import Rules, axes_of, check_axes, partition
@@ -28,8 +28,8 @@ class MeshOps(Ops):
         how tokens meet experts ("sum", "all_to_all", "ragged"; by traffic and platform if
         absent), "groups": in how many parts they do, "rows": which of them a device sends where
         others hold the same ("all", "part"), "router": whose capacity counts where there is one
-        ("global", "local"), "sums": whether sums over devices are made by pieces of time, at
-        inference ("pieces", "whole"; by the number of tokens if absent).
+        ("global", "local"), "sums": how devices get sums, at inference ("whole", "pieces",
+        "narrow"; by platform and the number of tokens if absent).
     """
 
     def __init__(self, mesh: Mesh, rules: Rules, names: Mapping[str, str] = NO_CHOICE):
@@ -45,6 +45,13 @@ class MeshOps(Ops):
 
     def constrain(self, x, *logical):
         return jax.lax.with_sharding_constraint(x, self.sharding(x.shape, *logical))
+
+    def between(self, x_BTD, inference=False):
+        spec = self.spec(x_BTD.shape, "batch", "time", None)
+        over = tuple(name for name in self.rules.heads if self.mesh.shape.get(name, 1) > 1)
+        if inference and (pieces := self._pieces(x_BTD, spec, over)[1]):
+            spec = P(spec[0], pieces, None)
+        return jax.lax.with_sharding_constraint(x_BTD, NamedSharding(self.mesh, spec))
 
     def whole(self, x):
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P()))
@@ -62,9 +69,8 @@ class MeshOps(Ops):
             leaf, NamedSharding(self.mesh, spec)), weight, places)
 
     def project(self, product, spec, x, weight, logical, activation=None, inference=False):
-        """A turned weight is each device's own product. Of sums of many tokens over devices each
-        adds its piece of their time, which is gathered narrow: a quarter less travels than by
-        float32 sums of all tokens for all."""
+        """A turned weight is each device's own product, as is a sum over devices that is made by
+        pieces of time; others are left to the compiler, which shares them out."""
         weight = self.use(weight, *logical)
         inputs, output = spec.split("->")
         left, right = inputs.split(",")
@@ -79,7 +85,7 @@ class MeshOps(Ops):
         held = self.spec(weight.shape, *logical)
         over = tuple(name for letter, entry in zip(right, held, strict=True) if letter not in output
                      for name in experts.names_of(entry))
-        pieces = self._pieces(x, x_spec, over) if inference else None
+        form, pieces = self._pieces(x, x_spec, over) if inference else (sums.WHOLE, None)
         summed = out_spec if pieces is None else P(out_spec[0], pieces, *out_spec[2:])
 
         def run(x, weight):
@@ -87,35 +93,28 @@ class MeshOps(Ops):
                 return product(spec, x, weight, None, activation)
             out = product(spec, x, weight, jnp.float32, None)
             if pieces is None:
-                out = jax.lax.psum(out, over)
+                out = jax.lax.psum(out, over).astype(x.dtype)
             else:
-                out = jax.lax.psum_scatter(out, over, scatter_dimension=1, tiled=True)
-            out = out.astype(x.dtype)
+                out = sums.keep_piece(out, over, 1, x.dtype, form)
             return out if activation is None else activation(out)
 
-        if _is_turned(weight):
+        if pieces is not None or _is_turned(weight):
             return self._island(run, (x_spec, leaf_spec(weight, held)), summed)(x, weight)
-        # Plain ones are left to the compiler, which shares the product out.
-        if pieces is None:
-            return product(spec, x, weight, None, activation)
-        out = product(spec, x, weight, jnp.float32, None)
-        out = jax.lax.with_sharding_constraint(out, NamedSharding(self.mesh, summed))
-        out = out.astype(x.dtype)
-        return out if activation is None else activation(out)
+        out = product(spec, x, weight, None, activation)
+        return jax.lax.with_sharding_constraint(out, NamedSharding(self.mesh, out_spec))
 
     def _sizes(self, output, x, left, weight, right):
         sizes = dict(zip(left, x.shape, strict=True)) | dict(zip(right, weight.shape, strict=True))
         return [(sizes[letter], letter) for letter in output]
 
     def _pieces(self, x, x_spec, over):
-        """The entry of time, where sums over the axes `over` are made by pieces of it, or None."""
+        """How sums over the axes `over` are made, and the entry of time if by pieces of it."""
         time = experts.names_of(x_spec[1])
         B, T, *_ = x.shape
-        held = B * T // self._parts((*experts.names_of(x_spec[0]), *time))
-        if (not over or not experts.in_pieces(self, held)
-                or T % self._parts((*time, *over))):
-            return None
-        return (*time, *over)
+        form = sums.form(self, B * T // self._parts((*experts.names_of(x_spec[0]), *time)))
+        if form == sums.WHOLE or not over or T % self._parts((*time, *over)):
+            return sums.WHOLE, None
+        return form, (*time, *over)
 
     def _parts(self, names) -> int:
         return math.prod(self.mesh.shape[name] for name in names)

@@ -24,6 +24,10 @@ class Ops:
         """Says how an activation lies, by the logical axis of each dimension."""
         return x
 
+    def between(self, x_BTD: jax.Array, inference: bool = False) -> jax.Array:
+        """Says how the activations between two sums lie, which norms and residuals are made of."""
+        return x_BTD
+
     def whole(self, x: jax.Array) -> jax.Array:
         """An activation that every device has all of."""
         return x

@@ -16,7 +16,7 @@ from tests.tolerances import bound
 QUICK = (
     "data=2,expert=2,tensor=2/decode/4/int8", "expert=2,tensor=2/decode/4/int8/turned",
     "expert=2,tensor=4/prefill/4", "expert=2,tensor=4/prefill/4/sums=pieces",
-    "sequence=2,expert=2,tensor=2/long/1/sums=pieces",
+    "sequence=2,expert=2,tensor=2/long/1/sums=pieces", "expert=2,tensor=4/prefill/4/sums=narrow",
     "sequence=2,expert=2,tensor=2/long/1/dispatch=all_to_all",
     "data=2,sequence=4/prefill/2/softmax=cudnn",
     "data=2,sequence=2,expert=2/train/4/dispatch=ragged/groups=2/capacity=0.75",
