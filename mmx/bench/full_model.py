@@ -77,6 +77,10 @@ class Model:
                 self._future(*key)
         concurrent.futures.wait(self._programs.values(), timeout)
 
+    def planned(self, job: Job) -> dict:
+        """The facts of a job's program, compiled: compile_s, and planned_bytes where counted."""
+        return self._future(*_keys(job)[0]).result()[1]
+
     def _future(self, *key) -> concurrent.futures.Future:
         if key not in self._programs:
             self._programs[key] = self._pool.submit(self._compiled, *key)

@@ -34,7 +34,9 @@ from mmx.sharding.mesh import parse_mesh
 
 # A CPU tells no limit; a small one stands in, so that the search can be tried there.
 _CPU_LIMIT = 1 << 26
-_HALVINGS = 4
+# The share of a device's memory that a program may fill, as its allocator leaves gaps.
+_FILL = 0.97
+_GUESSES = 4  # of the longest context
 # The full model needs a host of this many; two periods of it stand in on fewer.
 _HOST, _FEW_LAYERS = 8, 16
 
@@ -163,37 +165,43 @@ class Bench:
                                 mesh=self.mesh_text, **more))
 
     def _largest(self, model: Model, temporaries: int) -> None:
-        """The longest context of one row: by arithmetic, then tried."""
+        """The longest context of one row that the compiler's count says fits, and a step of it.
+
+        A guess by arithmetic, corrected by what its program needs. Not tried out: memory that runs
+        out on one of several devices leaves the others waiting.
+        """
         one, two = (cache_bytes(self.config, 1, size, self.dtype) for size in (1024, 2048))
         tensor = self.mesh.shape.get("tensor", 1)
         parts = math.gcd(tensor, self.config.num_kv_heads) * self.mesh.shape.get("sequence", 1)
         each = (two - one) / 1024 / parts
-        free = self.limit - model.weight_bytes - temporaries
-        free -= (one - (two - one)) / math.gcd(tensor, self.config.num_heads)
-        high = int(free / each) // 1024 * 1024 if each else 0
-        guess, low, best, failed = high, 0, None, []
-        for _ in range(_HALVINGS + 1):
+        room = _FILL * self.limit - model.weight_bytes
+        free = room - temporaries - (one - (two - one)) / math.gcd(tensor, self.config.num_heads)
+        guess, fits, found, refused = int(free / each) if each else 0, 0, {}, []
+        for _ in range(_GUESSES):
+            guess = guess // 1024 * 1024
             if guess < 1024 or self.end - time.monotonic() < 5:
                 break
             try:
-                best = model.run(Job("decode", 1, guess - STEPS), 0.0)
-                low = guess
+                found = model.planned(Job("decode", 1, guess - STEPS))
             except Exception as error:
-                failed.append([guess, first_sentence(error)])
-                if not out_of_memory(error):
-                    break
-                high = guess
-            gc.collect()
-            if low == high:
+                refused.append([guess, first_sentence(error)])
                 break
-            guess = (low + high) // 2 // 1024 * 1024
-        job = Job("decode", 1, max(low - STEPS, 0))
-        timing, found = best or ("No context was tried with success in the time left.", {})
-        row = job.row(self.config, self.dtype, self.quantize, "mmx", timing, self.ceilings,
-                      mesh=self.mesh_text, peak_bytes=self.peak(), **found, tokens_fit=low,
-                      failed=failed,
-                      formula="(limit - weights - states - temporaries) / bytes of a token")
-        self.add(row | {"operation": "largest_context"})
+            needed = found.get("planned_bytes", 0) - model.weight_bytes
+            if needed <= room:
+                fits = guess
+                break
+            refused.append([guess, f"{found['planned_bytes'] / 2**30:.1f} GiB"])
+            guess = int(0.98 * guess * room / needed)
+        timing = "No context was found in the time left."
+        if fits:
+            try:
+                timing, found = model.run(Job("decode", 1, fits - STEPS), 0.0)
+            except Exception as error:
+                timing = failure(error)
+        self.add(Job("decode", 1, max(fits - STEPS, 0)).row(
+            self.config, self.dtype, self.quantize, "mmx", timing, self.ceilings,
+            mesh=self.mesh_text, peak_bytes=self.peak(), **found, tokens_fit=fits, refused=refused,
+            formula=f"planned bytes <= {_FILL} of the limit") | {"operation": "largest_context"})
 
 
 def details(rows: Sequence[dict]) -> str:
@@ -214,7 +222,7 @@ def details(rows: Sequence[dict]) -> str:
         if spent is not None:
             exchanged = f"{exchanged or 'none'} ({row.get('collectives_of', '')})"
         more = {name: row[name] for name in ("continued_ms", "length", "finite", "tokens_fit",
-                                             "failed") if row.get(name)}
+                                             "refused") if row.get(name)}
         lines.append("| " + " | ".join([
             f"{row['operation']} {row['shape']}", row["dtype"],
             f"{plan / 2**30:.2f}" if plan else "", f"{peak / 2**30:.2f}" if peak else "",
