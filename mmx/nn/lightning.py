@@ -80,10 +80,16 @@ class LightningAttention(nnx.Module):
         if gate is None:
             gate = ops.project(project, "btd,dnh->btnh", h_BTD, self.gate[...],
                                ("embed", "heads", None), None, inference)
-        gated = jax.nn.sigmoid(gate) * self.norm(out_BTNH)
-        gated = ops.constrain(gated, "rows", "time", "heads", None)
+        rms = None
+        if ops.shares_heads(inference):
+            # A token's divisor commutes with the product; their sums over devices go together.
+            rms = out_BTNH, self.norm.eps
+            normed = out_BTNH * self.norm.weight[...].astype(out_BTNH.dtype)
+        else:
+            normed = self.norm(out_BTNH)
+        gated = ops.constrain(jax.nn.sigmoid(gate) * normed, "rows", "time", "heads", None)
         out_BTD = ops.project(project, "btnh,nhd->btd", gated, self.out[...],
-                              ("heads", None, "embed"), None, inference)
+                              ("heads", None, "embed"), None, inference, rms)
         return out_BTD, state_BNHH
 
 

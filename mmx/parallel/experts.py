@@ -57,12 +57,11 @@ def over_mesh(ops, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down, 
         out = Ops.experts(ops, run, g, weight, expert, gate_up, down)
         if back == apart:
             return jax.lax.psum(out, shared) if shared else out
-        # Rows first: what is left of the sum is of fewer tokens, and narrow when it is gathered.
         added = [(axis, tuple(name for name in names_of(entry) if name in shared))
                  for axis, entry in enumerate(back[:2])]
         for axis, names in [one for one in added if one[1]]:
             out = sums.keep_piece(out, names, axis, g.dtype, form)
-        return out
+        return out.astype(g.dtype)  # before it is gathered
 
     def exchanged(g, weight, expert, gate_up, down):
         flat = (x.reshape(-1, x.shape[-1]) for x in (g, weight, expert))

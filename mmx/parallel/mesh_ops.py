@@ -48,10 +48,13 @@ class MeshOps(Ops):
 
     def between(self, x_BTD, inference=False):
         spec = self.spec(x_BTD.shape, "batch", "time", None)
-        over = tuple(name for name in self.rules.heads if self.mesh.shape.get(name, 1) > 1)
-        if inference and (pieces := self._pieces(x_BTD, spec, over)[1]):
+        if inference and (pieces := self._pieces(x_BTD, spec, self._heads)[1]):
             spec = P(spec[0], pieces, None)
         return jax.lax.with_sharding_constraint(x_BTD, NamedSharding(self.mesh, spec))
+
+    @property
+    def _heads(self) -> tuple[str, ...]:
+        return tuple(name for name in self.rules.heads if self.mesh.shape.get(name, 1) > 1)
 
     def whole(self, x):
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P()))
@@ -68,18 +71,22 @@ class MeshOps(Ops):
         return jax.tree.map(lambda leaf, spec: jax.lax.with_sharding_constraint(
             leaf, NamedSharding(self.mesh, spec)), weight, places)
 
-    def project(self, product, spec, x, weight, logical, activation=None, inference=False):
+    def shares_heads(self, inference):
+        return inference and self._parts(self._heads) > 1
+
+    def project(self, product, spec, x, weight, logical, activation=None, inference=False,
+                rms=None):
         """A turned weight is each device's own product, as is a sum over devices that is made by
-        pieces of time; others are left to the compiler, which shares them out."""
+        pieces of time or has a norm behind it; others are left to the compiler."""
         weight = self.use(weight, *logical)
         inputs, output = spec.split("->")
         left, right = inputs.split(",")
         axis = dict(zip(right, logical, strict=True))
         lie = {letter: "hidden" if name == "embed" else name for letter, name in axis.items()}
-        x_spec, out_spec = (self.spec(
-            [size for size, _ in pairs], "rows", "time", *(lie[letter] for _, letter in pairs[2:]))
-            for pairs in (list(zip(x.shape, left, strict=True)),
-                          self._sizes(output, x, left, weight, right)))
+        sizes = dict(zip(left + right, (*x.shape, *weight.shape), strict=True))
+        x_spec, out_spec = (self.spec([sizes[letter] for letter in letters], "rows", "time",
+                                      *(lie[letter] for letter in letters[2:]))
+                            for letters in (left, output))
         if self.rules.embed and not self.rules.hidden:
             logical = [None if name == "embed" else name for name in logical]
         held = self.spec(weight.shape, *logical)
@@ -88,24 +95,28 @@ class MeshOps(Ops):
         form, pieces = self._pieces(x, x_spec, over) if inference else (sums.WHOLE, None)
         summed = out_spec if pieces is None else P(out_spec[0], pieces, *out_spec[2:])
 
-        def run(x, weight):
+        def run(x, weight, *values):
             if not over:
                 return product(spec, x, weight, None, activation)
             out = product(spec, x, weight, jnp.float32, None)
+            squares = [jnp.square(y.astype(jnp.float32)).sum((2, 3)) for y in values]
             if pieces is None:
-                out = jax.lax.psum(out, over).astype(x.dtype)
+                out, squares = jax.lax.psum((out, squares), over)
             else:
                 out = sums.keep_piece(out, over, 1, x.dtype, form)
+                squares = [sums.keep_piece(y, over, 1, y.dtype, sums.PIECES) for y in squares]
+            for y_BT in squares:
+                mean_BT = y_BT / math.prod(rms[0].shape[2:])
+                out = out * jax.lax.rsqrt(mean_BT + rms[1])[..., None]
+            out = out.astype(x.dtype)
             return out if activation is None else activation(out)
 
-        if pieces is not None or _is_turned(weight):
-            return self._island(run, (x_spec, leaf_spec(weight, held)), summed)(x, weight)
-        out = product(spec, x, weight, None, activation)
-        return jax.lax.with_sharding_constraint(out, NamedSharding(self.mesh, out_spec))
-
-    def _sizes(self, output, x, left, weight, right):
-        sizes = dict(zip(left, x.shape, strict=True)) | dict(zip(right, weight.shape, strict=True))
-        return [(sizes[letter], letter) for letter in output]
+        if pieces is None and rms is None and not _is_turned(weight):
+            out = product(spec, x, weight, None, activation)
+            return jax.lax.with_sharding_constraint(out, NamedSharding(self.mesh, out_spec))
+        values = () if rms is None else rms[:1]
+        return self._island(run, (x_spec, leaf_spec(weight, held), *(x_spec for _ in values)),
+                            summed)(x, weight, *values)
 
     def _pieces(self, x, x_spec, over):
         """How sums over the axes `over` are made, and the entry of time if by pieces of it."""

@@ -36,11 +36,17 @@ class Ops:
         """A parameter as the next product wants it: whole along a split `embed`, or as it lies."""
         return weight
 
+    def shares_heads(self, inference: bool) -> bool:
+        """Whether a norm over all heads is to be left to `project`, as it would be a sum more."""
+        return False
+
     def project(self, product: Callable, spec: str, x, weight, logical, activation=None,
-                inference: bool = False) -> jax.Array:
+                inference: bool = False, rms: tuple[jax.Array, float] | None = None) -> jax.Array:
         """`product(spec, x, weight, None, activation)` with x [B, T, ...], `spec` as of einsum.
 
-        `logical`: axes of the weight. `inference` allows what is not to be differentiated.
+        `logical`: axes of the weight. `inference` allows what is not to be differentiated. `rms`:
+        values [B, T, N, H] and an epsilon; each token's product is divided by their root mean
+        square, where `shares_heads`.
         """
         return product(spec, x, weight, None, activation)
 

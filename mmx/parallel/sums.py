@@ -27,13 +27,13 @@ def form(ops, tokens: int) -> str:
 
 
 def keep_piece(x: jax.Array, names, axis: int, dtype, form: str) -> jax.Array:
-    """This device's piece along `axis` of the float32 sum of x over mesh axes, in `dtype`.
+    """This device's piece along `axis` of the sum of x over mesh axes; float32.
 
     "narrow": each device's part is rounded to `dtype` once, and the parts are added in float32.
     """
     if form == PIECES:
-        return jax.lax.psum_scatter(x, names, scatter_dimension=axis, tiled=True).astype(dtype)
+        return jax.lax.psum_scatter(x, names, scatter_dimension=axis, tiled=True)
     parts = jax.lax.axis_size(names)
     x = x.reshape(*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1:])
     x = jax.lax.all_to_all(x.astype(dtype), names, axis, axis)
-    return jnp.sum(x.astype(jnp.float32), axis=axis).astype(dtype)
+    return jnp.sum(x.astype(jnp.float32), axis=axis)
