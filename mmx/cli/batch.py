@@ -11,6 +11,7 @@ from pathlib import Path
 from mmx.batch import records
 from mmx.batch.run import run_batch
 from mmx.cli.hosts import HostSettings, joined, spans_processes
+from mmx.cli.interrupt import interruptible
 from mmx.cli.settings import setting
 from mmx.cli.shared import (
     EngineSettings,
@@ -79,7 +80,8 @@ def run(call) -> int:
         raise UserError("--input and --output are the same file.",
                         "A batch reads one file and writes another.", "Name another --output.")
     enable_compilation_cache(settings.compilation_cache)
-    with joined("off" if settings.host is not None else settings.distributed) as pod:
+    mode = "off" if settings.host is not None else settings.distributed
+    with joined(mode) as pod, interruptible(lambda: _interrupted(settings)):
         host, hosts = settings.host, settings.hosts
         if host is None:
             host, hosts = pod.index, pod.count
@@ -105,6 +107,12 @@ def run(call) -> int:
             call.save(settings.output + ".config.gin")
         _tell(settings, summary, pod.is_main, shared=hosts > 1 and not together)
     return int(summary.failed)
+
+
+def _interrupted(settings: BatchSettings) -> str:
+    again = "without --restart " if settings.restart else ""
+    return (f"Interrupted; answers that were done are kept beside '{settings.output}'. The same "
+            f"command {again}goes on from there.")
 
 
 def _tell(settings: BatchSettings, summary, is_main: bool, shared: bool) -> None:

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:
         code, sentence = worded(error)
         if code == INTERRUPTED:
-            sys.stderr.write("\n")
+            sys.stderr.write(f"\nmmx: {sentence}\n" if sentence else "\n")
         elif code == BROKEN_PIPE:
             _swallow_stdout()
         elif sentence is None:
@@ -88,7 +88,7 @@ def worded(error: BaseException) -> tuple[int, str | None]:
     if isinstance(error, UserError):
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, None
+        return INTERRUPTED, str(error) or None
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE, None
     if isinstance(error, OSError):
@@ -108,7 +108,11 @@ _OUT_OF_MEMORY = ("The memory of this machine is used up. Weights, cache and act
 
 def console() -> None:
     """Entry point of the `mmx` script."""
-    sys.exit(main())
+    code = main()
+    if code == INTERRUPTED:
+        sys.stderr.flush()
+        os._exit(code)  # a compiler's threads crash beneath the hooks of an exit
+    sys.exit(code)
 
 
 def verb_module(verb: str):
