@@ -1,5 +1,6 @@
 """Train on text files: packed tokens, AdamW, checkpoints that resume exactly, export at the end."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -94,10 +95,18 @@ def _train(call, config: TrainConfig, is_main: bool) -> int:
     model_config = load_config(config.model)
     tokenizer = load_tokenizer(config.tokenizer)
     call.announce()
-    if is_main:
-        Path(config.run).mkdir(parents=True, exist_ok=True)
-        call.save(Path(config.run) / "config.gin")
-    return 143 if train(config, model_config, tokenizer).why == TERMINATED else 0
+    run = Path(config.run)
+    new = is_main and not run.exists()
+    save = (lambda: call.save(run / "config.gin")) if is_main else None
+    try:
+        outcome = train(config, model_config, tokenizer, on_start=save)
+    except BaseException:
+        if new:
+            for folder in (run / "tokens", run):
+                with contextlib.suppress(OSError):  # what is not empty stays
+                    folder.rmdir()
+        raise
+    return 143 if outcome.why == TERMINATED else 0
 
 
 def train_config(settings: Settings) -> TrainConfig:

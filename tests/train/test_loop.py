@@ -36,8 +36,8 @@ def settings(tmp_path_factory):
         optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=5))
 
 
-def train(config, model=tiny.CONFIG, tokenizer=None):
-    return loop.train(config, model, tokenizer or ByteTokenizer())
+def train(config, model=tiny.CONFIG, tokenizer=None, on_start=None):
+    return loop.train(config, model, tokenizer or ByteTokenizer(), on_start)
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +157,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(settings, tmp_path)
 
 
 def test_a_run_refuses_other_data_and_wrong_shapes(settings, whole, tmp_path):
+    started = []
     with pytest.raises(UserError, match="another seq_len"):
-        train(dataclasses.replace(settings, seq_len=32))
+        train(dataclasses.replace(settings, seq_len=32), on_start=lambda: started.append("other"))
     with pytest.raises(UserError, match="another data"):
         train(dataclasses.replace(settings, sources=(
             dataclasses.replace(settings.sources[0], weight=2.0),)))
@@ -174,3 +175,5 @@ def test_a_run_refuses_other_data_and_wrong_shapes(settings, whole, tmp_path):
         train(settings, tokenizer=NoEnd())
     with pytest.raises(UserError, match="no model"):
         loop.load_config(str(tmp_path / "nothing"))
+    train(settings, on_start=lambda: started.append("same"))
+    assert started == ["same"]
