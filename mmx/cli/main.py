@@ -1,9 +1,7 @@
 """The command `mmx VERB --flag=value…`: finds the verb, parses, runs, and words every failure."""
 
 import dataclasses
-import glob
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -120,20 +118,9 @@ def verb_module(verb: str):
     return importlib.import_module(f"mmx.cli.{verb}")
 
 
-def _skip_absent_accelerators() -> None:
-    """Keeps jax from asking drivers that the extras of `mmx plan` bring for their devices.
-
-    Without any they complain on stderr, at length, before the first word of an answer.
-    """
-    devices = (*glob.glob("/dev/accel*"), *glob.glob("/dev/vfio*"), *glob.glob("/dev/nvidia*"))
-    drivers = ("libtpu", "jax_cuda13_plugin", "jax_cuda12_plugin")
-    if "JAX_PLATFORMS" not in os.environ and not devices and any(
-            importlib.util.find_spec(name) for name in drivers):
-        os.environ["JAX_PLATFORMS"] = "cpu"
-
-
 def _dispatch(argv: list[str]) -> int:
     from mmx.cli import help as pages
+    from mmx.sharding.absent import skip_absent_accelerators
 
     if not argv or argv[0] in ("--help", "-h", "-?", "help"):
         if argv[1:2] and argv[1] in VERBS:
@@ -153,7 +140,7 @@ def _dispatch(argv: list[str]) -> int:
         print(pages.verb_page(verb, module))
         return 0
     call = _parse(verb, module, argv[1:])
-    _skip_absent_accelerators()
+    skip_absent_accelerators()
     return module.run(call) or 0
 
 
