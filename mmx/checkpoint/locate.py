@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from mmx.config import ModelConfig, preset_names
-from mmx.errors import UserError
+from mmx.errors import UserError, nearest
 
 EMBEDDED = "nano"
 HF_CONFIG = "config.json"
@@ -52,7 +52,8 @@ def locate(path_or_id: str | Path, weights: bool = True) -> Path:
     if _HUB_ID.match(name) and not path.parent.is_dir():
         return _fetch(name, weights)
     raise UserError(f"There is no model at '{name}'.",
-                    "A model is 'nano', a directory, or a hub id 'org/name'.", "Check the path.")
+                    "A model is 'nano', a directory, or a hub id 'org/name'.",
+                    nearest(name, preset_names()) or "Check the path.")
 
 
 def _is_model(path: Path) -> bool:

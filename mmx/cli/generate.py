@@ -25,13 +25,14 @@ mmx generate --model=nano --prompt="To install the program, you" --max_tokens=10
 mmx generate --prompt_file=notes.txt --temperature=0.7 --top_p=0.95 --json
 mmx generate --model=DIR --chat --system="Answer briefly."
 """
+WORD = "prompt"
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateSettings(HostSettings, EngineSettings, SamplingSettings, ModelSettings):
     prompt: str | None = setting(
-        None, "The text to go on from. Without it stdin is read; on a terminal, a chat begins.",
-        group="Input")
+        None, "The text to go on from, also without the flag. If none is given stdin is read; on a "
+        "terminal, a chat begins.", group="Input")
     prompt_file: str | None = setting(
         None, "A file with the text, '-' for stdin. Its last line break is left out.",
         group="Input", value="FILE")

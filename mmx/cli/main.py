@@ -14,7 +14,7 @@ from mmx.errors import UserError, nearest
 #   Settings      frozen dataclass: each field is a flag and a gin parameter `VERB.field`
 #   EXAMPLE       command lines for its help
 #   run(call)     does the work with call.settings and returns the exit code (None is 0)
-#   WORD          optional: the field that the first word after the verb gives
+#   WORD          optional: the field of text that a word without a flag gives
 #   CONFIGURABLES optional: further dataclasses by gin name, for `Settings` fields to refer to
 # and imports nothing heavy at its top: `--help` and a mistyped flag answer before jax is loaded.
 VERBS = {
@@ -132,6 +132,12 @@ def _dispatch(argv: list[str]) -> int:
         print(f"mmx {mmx.__version__}")
         return 0
     verb = argv[0]
+    if verb.startswith("-"):
+        raise UserError(f"There is no verb before '{verb}'.", f"Verbs are {', '.join(VERBS)}.",
+                        "Write mmx VERB --flag=value.")
+    if verb == "chat":
+        raise UserError("There is no verb 'chat'.", "A chat is held by 'mmx generate' on a "
+                        "terminal, where no prompt is given.", "Write mmx generate --model=DIR.")
     if verb not in VERBS:
         raise UserError(f"There is no verb '{verb}'.", f"Verbs are {', '.join(VERBS)}.",
                         nearest(verb, VERBS) or "'mmx --help' tells what each does.")
@@ -148,10 +154,7 @@ def _parse(verb: str, module, argv: list[str]) -> Call:
     from mmx.cli import arguments, bindings
     from mmx.cli.settings import check
 
-    word = getattr(module, "WORD", None)
-    if word and argv and not argv[0].startswith("-"):
-        argv = [f"--{word}={argv[0]}", *argv[1:]]
-    parsed = arguments.parse(verb, module.Settings, argv)
+    parsed = arguments.parse(verb, module.Settings, argv, getattr(module, "WORD", None))
     # A gin file may be shared by several verbs, so all their names are known to each.
     for name in VERBS if parsed.gin_files or parsed.gin_params else (verb,):
         each = verb_module(name)

@@ -74,7 +74,9 @@ def test_broken_config(mmx, model, text):
 @pytest.mark.parametrize("name, words", [
     ("/no/such/dir", "There is no model at '/no/such/dir'"),
     ("text01", "The preset 'text01' has no weights"),
-    ("nanoo", "There is no model at 'nanoo'"),
+    ("nanoo", "There is no model at 'nanoo'. A model is 'nano', a directory, or a hub id "
+              "'org/name'. Did you mean 'nano'?"),
+    ("text-01", "Did you mean 'text01'?"),
 ])
 def test_no_model(mmx, name, words):
     refused(mmx, name, words)

@@ -49,7 +49,13 @@ def test_every_setting_of_our_verbs_is_described():
     (["zzz"], "'mmx --help' tells what each does."),
     (["generate", "--promt=x"], "mmx generate has no flag '--promt'. Did you mean '--prompt'?"),
     (["generate", "--prompt"], "--prompt"),
-    (["generate", "x"], "does not take the argument x"),
+    (["chat"], "There is no verb 'chat'. A chat is held by 'mmx generate' on a terminal"),
+    (["--model=nano", "generate"], "There is no verb before '--model=nano'. Verbs are generate, "),
+    (["generate", "To", "install"], "mmx generate does not take the argument install. A text of "
+                                    "several words stands in quotes."),
+    (["generate", "--prompt=a", "b"], "does not take the argument b"),
+    (["batch", "x"], "does not take the argument x. Every value is written --flag=value."),
+    (["generate", "--temp=1"], "mmx generate has no flag '--temp'. Did you mean '--temperature'?"),
     (["generate", "--temperature=hot"], "--temperature=hot has the wrong type: it takes a number."),
     (["generate", "--max_tokens=1.5"], "--max_tokens=1.5 has the wrong type"),
     (["generate", "--max_tokens=0"], "max_tokens=0 is out of range"),
@@ -149,6 +155,15 @@ def test_repeated_and_boolean_flags():
                     "--noignore_eos", "--max_host_bytes=3GiB").settings
     assert (settings.stop, settings.stop_token_ids) == (("a", "b"), (3,))
     assert (settings.json, settings.ignore_eos, settings.max_host_bytes) == (True, False, 3 << 30)
+
+
+@pytest.mark.parametrize("argv", [
+    ("generate", "To install", "--seed=3"), ("generate", "--seed=3", "To install"),
+    ("generate", "--seed", "3", "--", "To install")], ids=" ".join)
+def test_a_prompt_needs_no_flag(argv):
+    settings = call(*argv).settings
+    assert (settings.prompt, settings.seed) == ("To install", 3)
+    assert call("inspect", "text01").settings.model == "text01"
 
 
 def test_nothing_is_left_of_an_earlier_call():
