@@ -8,7 +8,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from mmx.batch import records
+from mmx.batch import journal, records
 from mmx.batch.run import run_batch
 from mmx.cli.hosts import HostSettings, joined, spans_processes
 from mmx.cli.interrupt import interruptible
@@ -110,9 +110,10 @@ def run(call) -> int:
 
 
 def _interrupted(settings: BatchSettings) -> str:
-    again = "without --restart " if settings.restart else ""
-    return (f"Interrupted; answers that were done are kept beside '{settings.output}'. The same "
-            f"command {again}goes on from there.")
+    done = len(journal.finished(Path(settings.output)))
+    again = "without --restart " if settings.restart and done else ""
+    return (f"Interrupted; {done:,} record{'s are' if done != 1 else ' is'} done. The same command "
+            f"{again}goes on{' from there' if done else ''}.")
 
 
 def _tell(settings: BatchSettings, summary, is_main: bool, shared: bool) -> None:

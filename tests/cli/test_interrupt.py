@@ -31,7 +31,7 @@ setattr(importlib.import_module(module), name, work)
 console()
 """
 TRAIN = ("mmx.train.loop", "train", "train", "--model=nano", "--data=in")
-BATCH = ("mmx.cli.batch", "run_batch", "batch", "--input=in", "--output=out")
+BATCH = ("mmx.cli.batch", "run_batch", "batch", "--input=in")
 
 
 @pytest.mark.parametrize("argv, checkpoints, sentence", [
@@ -43,15 +43,18 @@ BATCH = ("mmx.cli.batch", "run_batch", "batch", "--input=in", "--output=out")
     ((*TRAIN, "--run=old"), (900, 1200),
      "Interrupted; the checkpoint of step 1,200 is kept in 'old'. The same command goes on from "
      "there."),
-    (BATCH, (), "Interrupted; answers that were done are kept beside 'out'. The same command goes "
-                "on from there."),
-    ((*BATCH, "--restart"), (), "Interrupted; answers that were done are kept beside 'out'. The "
-                                "same command without --restart goes on from there."),
-], ids=["plan", "train", "train with checkpoints", "batch", "batch --restart"])
+    ((*BATCH, "--output=new.jsonl"), (),
+     "Interrupted; 0 records are done. The same command goes on."),
+    ((*BATCH, "--output=old.jsonl"), (),
+     "Interrupted; 2 records are done. The same command goes on from there."),
+    ((*BATCH, "--output=old.jsonl", "--restart"), (),
+     "Interrupted; 2 records are done. The same command without --restart goes on from there."),
+], ids=lambda value: " ".join(value[2:]) if isinstance(value, tuple) else "")
 def test_an_interrupt_ends_what_takes_none(tmp_path, argv, checkpoints, sentence):
     for step in checkpoints:
         (tmp_path / "old/checkpoints" / str(step)).mkdir(parents=True)
         (tmp_path / "old/checkpoints" / str(step) / "extra.json").touch()
+    (tmp_path / "old.jsonl.partial-0").write_text('{"index": 0}\n{"index": 2}\n{"index": 1')
     root = os.path.dirname(os.path.dirname(interrupt.__file__))
     child = subprocess.Popen(
         [sys.executable, "-c", STUBBORN, *argv], text=True, stdout=subprocess.PIPE,
