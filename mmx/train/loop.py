@@ -22,6 +22,7 @@ from mmx.data import pipeline
 from mmx.data.sources import expand_files, open_cache
 from mmx.errors import UserError
 from mmx.obs import log
+from mmx.obs.progress import Waiting
 from mmx.sharding import distributed
 from mmx.train import saving
 from mmx.train import step as steps
@@ -211,12 +212,13 @@ class _Run:
             first = step + 1
             while step < config.steps:
                 batch = steps.put_batch(self.mesh, next(batches))
-                state, metrics = self.update(state, batch, self.rate_at(step))
-                step, rows = step + 1, rows + config.batch
-                pending.append((step, metrics))
-                settle(_IN_FLIGHT)
-                if step == first:  # it compiles
-                    settle(0)
+                compiles = step + 1 == first
+                with Waiting("compiling the step …") if compiles else contextlib.nullcontext():
+                    state, metrics = self.update(state, batch, self.rate_at(step))
+                    step, rows = step + 1, rows + config.batch
+                    pending.append((step, metrics))
+                    settle(0 if compiles else _IN_FLIGHT)
+                if compiles:
                     meter.start()
                 if step % config.log_every == 0:
                     settle(0)

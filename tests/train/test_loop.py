@@ -112,9 +112,10 @@ def test_a_killed_run_resumes_from_its_last_whole_checkpoint(settings, whole, tm
     assert [line["step"] for line in records(config)] == [5, 10, 10, 15, 20, 20]
 
 
-def test_a_run_out_of_minutes_saves_and_goes_on(settings, whole, tmp_path):
+def test_a_run_out_of_minutes_saves_and_goes_on(settings, whole, tmp_path, capsys):
     config = dataclasses.replace(settings, run=str(tmp_path / "run"), max_minutes=1e-6)
     outcome = train(config)
+    assert capsys.readouterr().err.count("compiling the step …\n") == 1
     assert (outcome.why, outcome.step) == ("out of time", 1)
     assert saving.latest(tmp_path / "run") == 1
     assert train(dataclasses.replace(config, max_minutes=0.0)).why == "finished"
