@@ -34,15 +34,23 @@ def interruptible(sentence: Callable[[], str]) -> Iterator[None]:
     os.set_blocking(writer, False)
     over = threading.Event()
     threading.Thread(target=_watch, args=(reader, over, sentence), daemon=True).start()
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    before, hook = signal.set_wakeup_fd(writer, warn_on_full_buffer=False), sys.unraisablehook
+    sys.unraisablehook = lambda lost: _tell_lost(lost, hook)
     try:
         yield
     except KeyboardInterrupt:
         raise Interrupted(sentence()) from None
     finally:
         over.set()
+        sys.unraisablehook = hook
         signal.set_wakeup_fd(before)
         os.close(writer)
+
+
+def _tell_lost(lost, hook: Callable) -> None:
+    """Passes on what Python lost in a callback, but for an interrupt: the watch knows of it."""
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
+        hook(lost)
 
 
 def _watch(reader: int, over: threading.Event, sentence: Callable[[], str]) -> None:
