@@ -74,7 +74,8 @@ def _fetch(name: str, weights: bool) -> Path:
             allow_patterns=_HUB_FILES if weights else _HUB_TEXT_FILES))
     except Exception as error:  # the hub's client raises a dozen unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(f"'{name}' is no directory here, and the hub did not give it: {reason}",
+        reason = reason.removeprefix("Got: ").rstrip(".")
+        raise UserError(f"'{name}' is no directory here, and the hub did not give it: {reason}.",
                         "A hub id needs the network, or a copy in the hub's cache.",
                         "Check the spelling, or download it and give the directory.") from error
 

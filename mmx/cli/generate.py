@@ -59,6 +59,9 @@ def run(call) -> None:
     if settings.prompt is not None and settings.prompt_file is not None:
         raise UserError("--prompt and --prompt_file are both given.", "There is one prompt.",
                         "Leave one out.")
+    if settings.logprobs and not settings.json:
+        raise UserError("--logprobs has no meaning without --json.",
+                        "Log-probabilities stand in the JSON object alone.", "Add --json.")
     parts = _parts_of_chat(settings)
     if settings.chat is False and parts:
         raise UserError(f"--nochat and --{parts[0]} exclude each other.",

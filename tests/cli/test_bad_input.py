@@ -82,6 +82,15 @@ def test_no_model(mmx, name, words):
     refused(mmx, name, words)
 
 
+def test_a_hub_that_gives_nothing(mmx, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ConnectionError("Got: no such host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    refused(mmx, "org/name", "'org/name' is no directory here, and the hub did not give it: "
+                             "no such host. A hub id needs the network,")
+
+
 def test_unreadable_directory(mmx, model):
     (model / "config.json").unlink()
     (model / "config.json").mkdir()

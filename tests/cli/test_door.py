@@ -70,6 +70,7 @@ def test_every_setting_of_our_verbs_is_described():
     (["generate", "--prompt=a", "--prompt_file=b"], "both given"),
     (["generate", "--prompt_file=/no/such/file"], "'/no/such/file' cannot be read: no such file"),
     (["generate", "--prompt_file=/"], "is a directory"),
+    (["generate", "a", "--logprobs=2"], "--logprobs has no meaning without --json."),
     (["generate", "--prompt=a", "--tools=/no/tools"], "'/no/tools' cannot be read"),
     (["generate", "--gin_file=nope.gin"], "There is no gin file 'nope.gin'."),
     (["generate", "--gin_param=generat.seed=1"],
