@@ -29,7 +29,9 @@ class HostError(UserError):
 def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
     """Returns "Did you mean 'x'?" for the closest of `names`, or an empty string.
 
-    `prefix` is written before the name.
+    One that begins with `name` is closest. `prefix` is written before the name.
     """
-    close = difflib.get_close_matches(name, list(names), n=1)
+    names = list(names)
+    begins = [other for other in names if len(name) > 2 and other.startswith(name)]
+    close = begins or difflib.get_close_matches(name, names, n=1)
     return f"Did you mean '{prefix}{close[0]}'?" if close else ""

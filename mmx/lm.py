@@ -16,6 +16,7 @@ from mmx.engine.engine import Engine
 from mmx.engine.memory import one_arena
 from mmx.engine.request import Event, Request, Result, SamplingParams
 from mmx.errors import UserError
+from mmx.sharding.absent import skip_absent_accelerators
 from mmx.text import Tokenizer, load_tokenizer, render_ids
 
 Prompt = str | Sequence[int]
@@ -153,6 +154,7 @@ def load(path_or_id: str | Path = "nano", *, dtype: str | None = None,
     from mmx.checkpoint import load_config, load_params, locate
 
     one_arena()
+    skip_absent_accelerators()
     dtype = dtype or default_dtype()
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r} is not supported.", "It is 'float32' or 'bfloat16'.",

@@ -130,6 +130,14 @@ def _top_name(requirement):
         name, name.replace("-", "_"))
 
 
+def test_an_editable_install_puts_the_clone_on_the_path():
+    """Without it `python script.py` beside a clone named mmx imports that folder, which is empty:
+    setuptools' finder comes after Python's own, which takes a folder for a package."""
+    directories = dict(part.split("=") for part in _setup()["options"]["package_dir"].split("\n")
+                       if part)
+    assert {name.strip(): where.strip() for name, where in directories.items()} == {"": "."}
+
+
 def test_requirements_are_those_of_the_package():
     core = _requirements(_setup()["options"]["install_requires"])
     assert _requirements((ROOT / "requirements.txt").read_text()) == core

@@ -124,10 +124,6 @@ def run_batch(start: Callable[[], Answerer], input: Path, output: Path, *,
     try:
         run = _Run(start, input, survey, state, sampling, book, done, mine)
         run.answer_all()
-    except KeyboardInterrupt:
-        log.note(f"stopped: {len(journal.finished(output)):,} of {survey.count:,} records are "
-                 "done; the same command goes on")
-        raise
     except UserError:  # no model, or no room for it: another try may have other settings
         fresh = new and hosts == 1 and not journal.finished(output)
         raise

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from mmx.config import ModelConfig, preset_names
-from mmx.errors import UserError
+from mmx.errors import UserError, nearest
 
 EMBEDDED = "nano"
 HF_CONFIG = "config.json"
@@ -52,7 +52,8 @@ def locate(path_or_id: str | Path, weights: bool = True) -> Path:
     if _HUB_ID.match(name) and not path.parent.is_dir():
         return _fetch(name, weights)
     raise UserError(f"There is no model at '{name}'.",
-                    "A model is 'nano', a directory, or a hub id 'org/name'.", "Check the path.")
+                    "A model is 'nano', a directory, or a hub id 'org/name'.",
+                    nearest(name, preset_names()) or "Check the path.")
 
 
 def _is_model(path: Path) -> bool:
@@ -73,7 +74,8 @@ def _fetch(name: str, weights: bool) -> Path:
             allow_patterns=_HUB_FILES if weights else _HUB_TEXT_FILES))
     except Exception as error:  # the hub's client raises a dozen unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(f"'{name}' is no directory here, and the hub did not give it: {reason}",
+        reason = reason.removeprefix("Got: ").rstrip(".")
+        raise UserError(f"'{name}' is no directory here, and the hub did not give it: {reason}.",
                         "A hub id needs the network, or a copy in the hub's cache.",
                         "Check the spelling, or download it and give the directory.") from error
 

@@ -48,8 +48,11 @@ def define(settings_cls: type) -> flags.FlagValues:
     return values
 
 
-def parse(verb: str, settings_cls: type, argv: list[str]) -> Arguments:
-    """Reads a verb's arguments; raises UserError for an unknown flag or an unreadable value."""
+def parse(verb: str, settings_cls: type, argv: list[str], word: str | None = None) -> Arguments:
+    """Reads a verb's arguments; `word` names the text that one without a flag gives.
+
+    Raises UserError for an unknown flag or an unreadable value.
+    """
     values = define(settings_cls)
     names = [name for name in values]
     see = f"'mmx {verb} --help' lists the flags."
@@ -60,10 +63,13 @@ def parse(verb: str, settings_cls: type, argv: list[str]) -> Arguments:
                         nearest(error.flagname, names, "--"), see) from None
     except flags.Error as error:
         raise UserError(_sentence(settings_cls, str(error)), "", see) from None
+    given = {}
+    if word and rest and not values[word].present:
+        given[word] = rest.pop(0)
     if rest:
         raise UserError(f"mmx {verb} does not take the argument {shlex.quote(rest[0])}.",
+                        "A text of several words stands in quotes." if word else
                         "Every value is written --flag=value.", see)
-    given = {}
     for field in dataclasses.fields(settings_cls):
         if field.name in values and values[field.name].present:
             value = values[field.name].value

@@ -8,9 +8,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-from mmx.batch import records
+from mmx.batch import journal, records
 from mmx.batch.run import run_batch
 from mmx.cli.hosts import HostSettings, joined, spans_processes
+from mmx.cli.interrupt import interruptible
 from mmx.cli.settings import setting
 from mmx.cli.shared import (
     EngineSettings,
@@ -79,7 +80,8 @@ def run(call) -> int:
         raise UserError("--input and --output are the same file.",
                         "A batch reads one file and writes another.", "Name another --output.")
     enable_compilation_cache(settings.compilation_cache)
-    with joined("off" if settings.host is not None else settings.distributed) as pod:
+    mode = "off" if settings.host is not None else settings.distributed
+    with joined(mode) as pod, interruptible(lambda: _interrupted(settings)):
         host, hosts = settings.host, settings.hosts
         if host is None:
             host, hosts = pod.index, pod.count
@@ -105,6 +107,13 @@ def run(call) -> int:
             call.save(settings.output + ".config.gin")
         _tell(settings, summary, pod.is_main, shared=hosts > 1 and not together)
     return int(summary.failed)
+
+
+def _interrupted(settings: BatchSettings) -> str:
+    done = len(journal.finished(Path(settings.output)))
+    again = "without --restart " if settings.restart and done else ""
+    return (f"Interrupted; {done:,} record{'s are' if done != 1 else ' is'} done. The same command "
+            f"{again}goes on{' from there' if done else ''}.")
 
 
 def _tell(settings: BatchSettings, summary, is_main: bool, shared: bool) -> None:

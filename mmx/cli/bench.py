@@ -20,7 +20,6 @@ mmx bench period --quantize=int8
 mmx bench decode --batch=1,16,64 --context=1024 --peers=transformers
 mmx bench decode --batch=1 --trace
 """
-# The first word after the verb is the value of this setting.
 WORD = "subject"
 SUBJECTS = ("kernels", "period", "decode")
 
@@ -28,7 +27,7 @@ SUBJECTS = ("kernels", "period", "decode")
 @dataclasses.dataclass(frozen=True)
 class BenchSettings:
     subject: str | None = setting(
-        None, "What to measure, also as the first word. kernels: each operation in each "
+        None, "What to measure, also without the flag. kernels: each operation in each "
         "implementation. period: prefill of a model. decode: its decode steps.", group="Input",
         choices=SUBJECTS)
     model: str | None = setting(

@@ -1,12 +1,13 @@
 """Text configuration: gin files and bindings, and a gin mistake as one clear sentence."""
 
+import contextlib
 import dataclasses
 import os
 import re
 import tokenize
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import gin
 
@@ -20,8 +21,19 @@ CONFIG_DIR = PACKAGE_DIR / "configs"
 SEARCH = (Path(), CONFIG_DIR, PACKAGE_DIR)
 for _root in SEARCH[1:]:
     gin.add_config_file_search_path(str(_root))
+_reading: list[str] = []  # files being read, the innermost last
+
+
+@contextlib.contextmanager
+def _open(path: str) -> Iterator[IO[str]]:
+    _reading.append(path)
+    with open(path, encoding="utf-8") as file:
+        yield file
+    _reading.pop()  # after an error it stays: the error lies in it
+
+
 # Files alone: gin's second reader takes paths for packages, and logs or fails at each that is none.
-gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
+gin.config._FILE_READERS[:] = [(_open, os.path.isfile)]
 
 _made: dict[str, Any] = {}
 _classes: dict[str, type] = {}
@@ -50,7 +62,7 @@ def configure(name: str, files: list[str], params: list[str], given: Mapping[str
                             f"Those are {', '.join(shipped())}.")
         _guarded(gin.parse_config_file, path)
     for param in params:
-        _guarded(gin.parse_config, param)
+        _guarded(gin.parse_config, param, binding=param)
     for field, value in given.items():
         gin.bind_parameter(f"{name}.{field}", value)
     made = _guarded(_made[name])
@@ -80,7 +92,8 @@ def shipped() -> list[str]:
     return sorted(path.relative_to(CONFIG_DIR).as_posix() for path in CONFIG_DIR.rglob("*.gin"))
 
 
-def _guarded(call, *args):
+def _guarded(call, *args, binding: str | None = None):
+    _reading.clear()
     try:
         return call(*args)
     except UserError as error:
@@ -88,14 +101,45 @@ def _guarded(call, *args):
         raise UserError(error.what, error.rule, error.fix) from None
     except (OSError, SyntaxError, ValueError, TypeError, ImportError, RuntimeError,
             AttributeError, tokenize.TokenError) as error:
-        token_error = isinstance(error, tokenize.TokenError)  # its text is a tuple's
-        raise _sentence(str(error.args[0] if token_error else error)) from None
+        raise _sentence(error, binding) from None
 
 
-def _sentence(message: str) -> UserError:
+def _where(error: Exception, binding: str | None) -> str:
+    """The place of a mistake, for its sentence: a file's line, or the binding of the command."""
+    file, line = _reading[-1] if _reading else None, None
+    if isinstance(error, tokenize.TokenError):
+        line = _unclosed(file) if file else None
+    elif isinstance(error, SyntaxError):
+        line = error.lineno
+    elif place := re.search(r'In (?:file "(.*?)",|bindings string) line (\d+)', str(error)):
+        file, line = place.groups()
+    if file and line:
+        return f" ({file}, line {line})"
+    return f" (--gin_param={' '.join(binding.split())})" if binding is not None else ""
+
+
+def _unclosed(path: str) -> int:
+    """The line of the bracket, or else the quote, that the end of the file leaves open."""
+    opened = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for token in tokenize.generate_tokens(file.readline):
+                if token.string in ("(", "[", "{"):
+                    opened.append(token.start[0])
+                elif token.string in (")", "]", "}") and opened:
+                    opened.pop()
+    except tokenize.TokenError as error:
+        opened = opened or [error.args[1][0]]
+    return opened[-1]
+
+
+def _sentence(error: Exception, binding: str | None) -> UserError:
+    message, where = str(error), _where(error, binding)
+    if isinstance(error, tokenize.TokenError):
+        message = "a bracket or a quote is not closed"
+    elif isinstance(error, SyntaxError):
+        message = error.msg
     lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no reason given"]
-    place = re.search(r'In (?:file "(.*?)"|bindings string) line (\d+)', message)
-    where = f" ({place[1] or 'binding'}, line {place[2]})" if place else ""
     if found := re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", message):
         return UserError(f"gin knows no name '{found[1]}'{where}.", "",
                          nearest(found[1], _classes)

@@ -25,13 +25,14 @@ mmx generate --model=nano --prompt="To install the program, you" --max_tokens=10
 mmx generate --prompt_file=notes.txt --temperature=0.7 --top_p=0.95 --json
 mmx generate --model=DIR --chat --system="Answer briefly."
 """
+WORD = "prompt"
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateSettings(HostSettings, EngineSettings, SamplingSettings, ModelSettings):
     prompt: str | None = setting(
-        None, "The text to go on from. Without it stdin is read; on a terminal, a chat begins.",
-        group="Input")
+        None, "The text to go on from, also without the flag. If none is given stdin is read; on a "
+        "terminal, a chat begins.", group="Input")
     prompt_file: str | None = setting(
         None, "A file with the text, '-' for stdin. Its last line break is left out.",
         group="Input", value="FILE")
@@ -58,6 +59,9 @@ def run(call) -> None:
     if settings.prompt is not None and settings.prompt_file is not None:
         raise UserError("--prompt and --prompt_file are both given.", "There is one prompt.",
                         "Leave one out.")
+    if settings.logprobs and not settings.json:
+        raise UserError("--logprobs has no meaning without --json.",
+                        "Log-probabilities stand in the JSON object alone.", "Add --json.")
     parts = _parts_of_chat(settings)
     if settings.chat is False and parts:
         raise UserError(f"--nochat and --{parts[0]} exclude each other.",

@@ -14,11 +14,13 @@ mmx inspect --model=text01 --layout=original
 mmx inspect --model=DIR --check
 mmx inspect --model=DIR --layout=transformers --json
 """
+WORD = "model"
 
 
 @dataclasses.dataclass(frozen=True)
 class InspectSettings:
-    model: str = setting("nano", "A checkpoint directory, a hub id, or a preset.", group="Model")
+    model: str = setting("nano", "A checkpoint directory, a hub id, or a preset; also without "
+                         "the flag.", group="Model")
     layout: str | None = setting(
         None, "Names and shapes of this published layout; for a directory, instead of its files'.",
         group="Model", choices=("original", "transformers"))

@@ -1,9 +1,7 @@
 """The command `mmx VERB --flag=value…`: finds the verb, parses, runs, and words every failure."""
 
 import dataclasses
-import glob
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +14,7 @@ from mmx.errors import UserError, nearest
 #   Settings      frozen dataclass: each field is a flag and a gin parameter `VERB.field`
 #   EXAMPLE       command lines for its help
 #   run(call)     does the work with call.settings and returns the exit code (None is 0)
-#   WORD          optional: the field that the first word after the verb gives
+#   WORD          optional: the field of text that a word without a flag gives
 #   CONFIGURABLES optional: further dataclasses by gin name, for `Settings` fields to refer to
 # and imports nothing heavy at its top: `--help` and a mistyped flag answer before jax is loaded.
 VERBS = {
@@ -73,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:
         code, sentence = worded(error)
         if code == INTERRUPTED:
-            sys.stderr.write("\n")
+            sys.stderr.write(f"\nmmx: {sentence}\n" if sentence else "\n")
         elif code == BROKEN_PIPE:
             _swallow_stdout()
         elif sentence is None:
@@ -88,7 +86,7 @@ def worded(error: BaseException) -> tuple[int, str | None]:
     if isinstance(error, UserError):
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, None
+        return INTERRUPTED, str(error) or None
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE, None
     if isinstance(error, OSError):
@@ -108,7 +106,11 @@ _OUT_OF_MEMORY = ("The memory of this machine is used up. Weights, cache and act
 
 def console() -> None:
     """Entry point of the `mmx` script."""
-    sys.exit(main())
+    code = main()
+    if code == INTERRUPTED:
+        sys.stderr.flush()
+        os._exit(code)  # a compiler's threads crash beneath the hooks of an exit
+    sys.exit(code)
 
 
 def verb_module(verb: str):
@@ -116,20 +118,9 @@ def verb_module(verb: str):
     return importlib.import_module(f"mmx.cli.{verb}")
 
 
-def _skip_absent_accelerators() -> None:
-    """Keeps jax from asking drivers that the extras of `mmx plan` bring for their devices.
-
-    Without any they complain on stderr, at length, before the first word of an answer.
-    """
-    devices = (*glob.glob("/dev/accel*"), *glob.glob("/dev/vfio*"), *glob.glob("/dev/nvidia*"))
-    drivers = ("libtpu", "jax_cuda13_plugin", "jax_cuda12_plugin")
-    if "JAX_PLATFORMS" not in os.environ and not devices and any(
-            importlib.util.find_spec(name) for name in drivers):
-        os.environ["JAX_PLATFORMS"] = "cpu"
-
-
 def _dispatch(argv: list[str]) -> int:
     from mmx.cli import help as pages
+    from mmx.sharding.absent import skip_absent_accelerators
 
     if not argv or argv[0] in ("--help", "-h", "-?", "help"):
         if argv[1:2] and argv[1] in VERBS:
@@ -141,6 +132,12 @@ def _dispatch(argv: list[str]) -> int:
         print(f"mmx {mmx.__version__}")
         return 0
     verb = argv[0]
+    if verb.startswith("-"):
+        raise UserError(f"There is no verb before '{verb}'.", f"Verbs are {', '.join(VERBS)}.",
+                        "Write mmx VERB --flag=value.")
+    if verb == "chat":
+        raise UserError("There is no verb 'chat'.", "A chat is held by 'mmx generate' on a "
+                        "terminal, where no prompt is given.", "Write mmx generate --model=DIR.")
     if verb not in VERBS:
         raise UserError(f"There is no verb '{verb}'.", f"Verbs are {', '.join(VERBS)}.",
                         nearest(verb, VERBS) or "'mmx --help' tells what each does.")
@@ -149,7 +146,7 @@ def _dispatch(argv: list[str]) -> int:
         print(pages.verb_page(verb, module))
         return 0
     call = _parse(verb, module, argv[1:])
-    _skip_absent_accelerators()
+    skip_absent_accelerators()
     return module.run(call) or 0
 
 
@@ -157,10 +154,7 @@ def _parse(verb: str, module, argv: list[str]) -> Call:
     from mmx.cli import arguments, bindings
     from mmx.cli.settings import check
 
-    word = getattr(module, "WORD", None)
-    if word and argv and not argv[0].startswith("-"):
-        argv = [f"--{word}={argv[0]}", *argv[1:]]
-    parsed = arguments.parse(verb, module.Settings, argv)
+    parsed = arguments.parse(verb, module.Settings, argv, getattr(module, "WORD", None))
     # A gin file may be shared by several verbs, so all their names are known to each.
     for name in VERBS if parsed.gin_files or parsed.gin_params else (verb,):
         each = verb_module(name)

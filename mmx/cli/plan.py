@@ -81,14 +81,10 @@ def run(call) -> int:
     else:
         chosen = meshes.candidates(job, pod)
 
-    def compile_all():
-        fits, found = fit.try_meshes(job, pod, chosen, settings.meshes, Waiting), {}
-        if settings.search and fits[0].fits:
-            found = {what: fit.largest(fits[0], what, Waiting) for what in ("batch", "context")}
-        return fits, found
-
-    (best, *others), found = interruptible(
-        compile_all, "Interrupted while compiling, so there is no answer.")
+    with interruptible(lambda: "Interrupted while compiling, so there is no answer."):
+        (best, *others), found = fit.try_meshes(job, pod, chosen, settings.meshes, Waiting), {}
+        if settings.search and best.fits:
+            found = {what: fit.largest(best, what, Waiting) for what in ("batch", "context")}
     if settings.json:
         answer = {"model": name, **best.to_json(), "largest": found or None,
                   "others": [one.to_json() for one in others]}

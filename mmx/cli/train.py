@@ -1,8 +1,11 @@
 """Train on text files: packed tokens, AdamW, checkpoints that resume exactly, export at the end."""
 
+import contextlib
 import dataclasses
+from pathlib import Path
 
 from mmx.cli.hosts import HostSettings, joined
+from mmx.cli.interrupt import interruptible
 from mmx.cli.settings import setting
 from mmx.cli.shared import check_output
 from mmx.data.pipeline import SourceConfig
@@ -69,13 +72,21 @@ class Settings(HostSettings):
 def run(call) -> int:
     """Trains; 0 when finished or out of its minutes, 143 when a signal ended it after saving."""
     config = train_config(call.settings)
-    with joined(call.settings.distributed) as pod:
+    with (joined(call.settings.distributed) as pod,
+          interruptible(lambda: _interrupted(Path(config.run)))):
         return _train(call, config, pod.is_main)
 
 
-def _train(call, config: TrainConfig, is_main: bool) -> int:
-    from pathlib import Path
+def _interrupted(run: Path) -> str:
+    steps = [int(path.parent.name) for path in run.glob("checkpoints/[0-9]*/extra.json")]
+    if not steps:
+        return ("Interrupted before the first checkpoint, so no step is kept. The same command "
+                "starts anew; --save_every=N keeps a checkpoint every N steps.")
+    return (f"Interrupted; the checkpoint of step {max(steps):,} is kept in '{run}'. The same "
+            "command goes on from there.")
 
+
+def _train(call, config: TrainConfig, is_main: bool) -> int:
     from mmx.text import load_tokenizer
     from mmx.train.loop import TERMINATED, load_config, train
 
@@ -84,10 +95,18 @@ def _train(call, config: TrainConfig, is_main: bool) -> int:
     model_config = load_config(config.model)
     tokenizer = load_tokenizer(config.tokenizer)
     call.announce()
-    if is_main:
-        Path(config.run).mkdir(parents=True, exist_ok=True)
-        call.save(Path(config.run) / "config.gin")
-    return 143 if train(config, model_config, tokenizer).why == TERMINATED else 0
+    run = Path(config.run)
+    new = is_main and not run.exists()
+    save = (lambda: call.save(run / "config.gin")) if is_main else None
+    try:
+        outcome = train(config, model_config, tokenizer, on_start=save)
+    except BaseException:
+        if new:
+            for folder in (run / "tokens", run):
+                with contextlib.suppress(OSError):  # what is not empty stays
+                    folder.rmdir()
+        raise
+    return 143 if outcome.why == TERMINATED else 0
 
 
 def train_config(settings: Settings) -> TrainConfig:
@@ -104,8 +123,6 @@ def train_config(settings: Settings) -> TrainConfig:
 
 
 def _own_tokenizer(model: str) -> str:
-    from pathlib import Path
-
     import mmx
 
     embedded = Path(mmx.__file__).parent / "assets" / model

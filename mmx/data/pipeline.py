@@ -7,9 +7,11 @@ number of hosts or with another batch size, is exact without any worker's state.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -182,11 +184,22 @@ def batches(plan: Plan, first_row: int, rows_per_step: int, *, process: int = 0,
     try:
         while True:
             while len(pending) < max(1, ahead):
-                pending.append(pool.submit(work, row, share))
+                with _interrupts_blocked():
+                    pending.append(pool.submit(work, row, share))
                 row += rows_per_step
             yield pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Worker processes that start within take no Ctrl-C: closing the iterator ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def default_workers() -> int:

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from mmx import config as geometry
 from mmx import flops, model
 from mmx.checkpoint.target import check_target
 from mmx.data import pipeline
-from mmx.data.sources import open_cache
+from mmx.data.sources import expand_files, open_cache
 from mmx.errors import UserError
 from mmx.obs import log
+from mmx.obs.progress import Waiting
 from mmx.sharding import distributed
 from mmx.train import saving
 from mmx.train import step as steps
@@ -57,14 +59,15 @@ def load_config(name: str) -> geometry.ModelConfig:
     return checkpoint.load_config(name)
 
 
-def train(config: TrainConfig, model_config: geometry.ModelConfig, tokenizer) -> Outcome:
+def train(config: TrainConfig, model_config: geometry.ModelConfig, tokenizer,
+          on_start: Callable[[], None] | None = None) -> Outcome:
     """Runs or resumes `config` until its steps, its minutes or SIGTERM end it.
 
-    A run that was stopped and resumed takes the same updates as one that was not. Raises
-    UserError for data, tokenizer or run folders that do not fit, and for a loss that is not
-    finite, naming the step.
+    A run that was stopped and resumed takes the same updates as one that was not. `on_start` is
+    called before the first step, when nothing is left to be refused. Raises UserError for data,
+    tokenizer or run folders that do not fit, and for a loss that is not finite, naming the step.
     """
-    return _Run(config, model_config, tokenizer).go()
+    return _Run(config, model_config, tokenizer).go(on_start)
 
 
 class _Run:
@@ -77,6 +80,8 @@ class _Run:
         self.mesh = steps.data_mesh()
         self._check_devices()
         self.optimizer = make_optimizer(config.optimizer)
+        for source in (*config.sources, *(each.source for each in config.evals)):
+            expand_files(source.files)  # before hours of tokenising others
         pod = distributed.current()
         if not pod.is_main:
             pod.barrier("tokens")  # process 0 tokenises, the others find it done
@@ -180,11 +185,13 @@ class _Run:
                             f"model '{self.config.model}'.", "Training starts from equal shapes.",
                             f"Set --model={self.config.init_from}.")
 
-    def go(self) -> Outcome:
+    def go(self, on_start: Callable[[], None] | None = None) -> Outcome:
         config = self.config
         state, rows = self.initial_state()
         step = int(state.step)
         self.reporter = Reporter(self.run, config.steps, step)
+        if on_start:
+            on_start()
         self._say_start(step)
         workers = pipeline.default_workers() if config.workers < 0 else config.workers
         batches = pipeline.batches(
@@ -205,12 +212,13 @@ class _Run:
             first = step + 1
             while step < config.steps:
                 batch = steps.put_batch(self.mesh, next(batches))
-                state, metrics = self.update(state, batch, self.rate_at(step))
-                step, rows = step + 1, rows + config.batch
-                pending.append((step, metrics))
-                settle(_IN_FLIGHT)
-                if step == first:  # it compiles
-                    settle(0)
+                compiles = step + 1 == first
+                with Waiting("compiling the step …") if compiles else contextlib.nullcontext():
+                    state, metrics = self.update(state, batch, self.rate_at(step))
+                    step, rows = step + 1, rows + config.batch
+                    pending.append((step, metrics))
+                    settle(0 if compiles else _IN_FLIGHT)
+                if compiles:
                     meter.start()
                 if step % config.log_every == 0:
                     settle(0)

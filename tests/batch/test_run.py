@@ -67,13 +67,6 @@ def test_interrupted_runs_end_as_an_uninterrupted_one(tmp_path, stops):
     assert (summary.resumed, len(last.answered)) == (sum(stops), 30 - sum(stops))
 
 
-def test_an_interrupt_says_where_the_batch_stands(tmp_path, capsys):
-    source = write(tmp_path / "in.jsonl", prompts(30))
-    with pytest.raises(KeyboardInterrupt):
-        batch(source, tmp_path / "out.jsonl", StandIn(stop_after=4))
-    assert "stopped: 4 of 30 records are done" in capsys.readouterr().err
-
-
 def test_a_finished_batch_is_not_done_again(tmp_path):
     source = write(tmp_path / "in.jsonl", prompts(3))
     batch(source, tmp_path / "out.jsonl")

@@ -74,10 +74,21 @@ def test_broken_config(mmx, model, text):
 @pytest.mark.parametrize("name, words", [
     ("/no/such/dir", "There is no model at '/no/such/dir'"),
     ("text01", "The preset 'text01' has no weights"),
-    ("nanoo", "There is no model at 'nanoo'"),
+    ("nanoo", "There is no model at 'nanoo'. A model is 'nano', a directory, or a hub id "
+              "'org/name'. Did you mean 'nano'?"),
+    ("text-01", "Did you mean 'text01'?"),
 ])
 def test_no_model(mmx, name, words):
     refused(mmx, name, words)
+
+
+def test_a_hub_that_gives_nothing(mmx, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ConnectionError("Got: no such host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    refused(mmx, "org/name", "'org/name' is no directory here, and the hub did not give it: "
+                             "no such host. A hub id needs the network,")
 
 
 def test_unreadable_directory(mmx, model):

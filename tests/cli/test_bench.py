@@ -62,6 +62,7 @@ def test_kernels(bench, tmp_path):
         ("lightning_forward", "1x33"), ("lightning_forward", "2x16"),
         ("lightning_forward", "1x16h2"), ("lightning_train", "1x16"),
         ("lightning_packed", "3in40"), ("lightning_decode", "b1"), ("lightning_decode", "b2"),
+        ("lightning_decode_slots", "b1"), ("lightning_decode_slots", "b2"),
         ("grouped_gate_up", "t24"), ("grouped_down", "t24"), ("attention_prefill", "1x16"),
         ("attention_decode", "b2s16")}
     by = {op: {one["implementation"] for one in rows if one["operation"] == op} for op, _ in found}

@@ -49,7 +49,13 @@ def test_every_setting_of_our_verbs_is_described():
     (["zzz"], "'mmx --help' tells what each does."),
     (["generate", "--promt=x"], "mmx generate has no flag '--promt'. Did you mean '--prompt'?"),
     (["generate", "--prompt"], "--prompt"),
-    (["generate", "x"], "does not take the argument x"),
+    (["chat"], "There is no verb 'chat'. A chat is held by 'mmx generate' on a terminal"),
+    (["--model=nano", "generate"], "There is no verb before '--model=nano'. Verbs are generate, "),
+    (["generate", "To", "install"], "mmx generate does not take the argument install. A text of "
+                                    "several words stands in quotes."),
+    (["generate", "--prompt=a", "b"], "does not take the argument b"),
+    (["batch", "x"], "does not take the argument x. Every value is written --flag=value."),
+    (["generate", "--temp=1"], "mmx generate has no flag '--temp'. Did you mean '--temperature'?"),
     (["generate", "--temperature=hot"], "--temperature=hot has the wrong type: it takes a number."),
     (["generate", "--max_tokens=1.5"], "--max_tokens=1.5 has the wrong type"),
     (["generate", "--max_tokens=0"], "max_tokens=0 is out of range"),
@@ -64,16 +70,22 @@ def test_every_setting_of_our_verbs_is_described():
     (["generate", "--prompt=a", "--prompt_file=b"], "both given"),
     (["generate", "--prompt_file=/no/such/file"], "'/no/such/file' cannot be read: no such file"),
     (["generate", "--prompt_file=/"], "is a directory"),
+    (["generate", "a", "--logprobs=2"], "--logprobs has no meaning without --json."),
     (["generate", "--prompt=a", "--tools=/no/tools"], "'/no/tools' cannot be read"),
     (["generate", "--gin_file=nope.gin"], "There is no gin file 'nope.gin'."),
-    (["generate", "--gin_param=generat.seed=1"], "gin knows no name 'generat' (binding, line 1). "
-                                                 "Did you mean 'generate'?"),
+    (["generate", "--gin_param=generat.seed=1"],
+     "gin knows no name 'generat' (--gin_param=generat.seed=1). Did you mean 'generate'?"),
     (["generate", "--gin_param=generate.tempratur=1"],
-     "gin name 'generate' has no parameter 'tempratur' (binding, line 1). "
+     "gin name 'generate' has no parameter 'tempratur' (--gin_param=generate.tempratur=1). "
      "Did you mean 'temperature'?"),
-    (["generate", "--gin_param=generate.seed"], "gin cannot read the configuration"),
-    (["generate", "--gin_param=generate.model=nano"], "gin cannot read the value nano"),
-    (["generate", "--gin_param=generate.model='nano"], "gin cannot read the configuration"),
+    (["generate", "--gin_param=generate.seed"],
+     "gin cannot read the configuration: Couldn't parse statement, expected ':' or '=' "
+     "(--gin_param=generate.seed). A binding"),
+    (["generate", "--gin_param=generate.model=nano"],
+     "gin cannot read the value nano (--gin_param=generate.model=nano)."),
+    (["generate", "--gin_param=generate.model='nano"], " (--gin_param=generate.model='nano)."),
+    (["generate", "--gin_param=generate.stop=(1,"],
+     "a bracket or a quote is not closed (--gin_param=generate.stop=(1,)."),
     (["generate", "--gin_param=generate.model=%WHICH"], "The gin macro %WHICH has no value."),
     (["generate", "--gin_param=generate.model=@which()"], "gin knows no name 'which'"),
     (["generate", "--gin_param=include 'nope.gin'"], "There is no gin file 'nope.gin'"),
@@ -100,6 +112,30 @@ def test_mistakes_are_one_sentence(mmx, monkeypatch, tmp_path, argv, words):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("text, line, words", [
+    ("generate.tempratur = 1", 3, "gin name 'generate' has no parameter 'tempratur'"),
+    ("generate:\n  tempratur = 1", 4, "gin name 'generate' has no parameter 'tempratur'"),
+    ("generat.seed = 1", 3, "gin knows no name 'generat'"),
+    ("generate.model = @which()", 3, "gin knows no name 'which'"),
+    ("generate.top_k", 3, "Couldn't parse statement, expected ':' or '='"),
+    ("generate.model = nano", 3, "gin cannot read the value nano"),
+    ('generate.model = "nano', 3, "gin cannot read the configuration"),
+    ('generate.stop = (\n"a", (1, 2),\n# no end', 3, "a bracket or a quote is not closed"),
+    ("import nope_nope", 3, "No module named 'nope_nope'"),
+    ("include 'nope.gin'", 3, "There is no gin file 'nope.gin'"),
+])
+@pytest.mark.parametrize("way", ["file", "include", "param"])
+def test_a_mistake_in_a_gin_file_is_told_with_its_line(mmx, tmp_path, text, line, words, way):
+    path, outer = tmp_path / "a.gin", tmp_path / "outer.gin"
+    path.write_text(f"# for a test\ngenerate.seed = 1\n{text}\n")
+    outer.write_text(f"generate.top_k = 1\ninclude '{path}'\n")
+    given = {"file": f"--gin_file={path}", "include": f"--gin_file={outer}",
+             "param": f"--gin_param=include '{path}'"}[way]
+    code, _, err = mmx("generate", "--prompt=a", given)
+    assert code == 2 and words in err and f" ({path}, line {line})" in err
+    assert err.count("\n") == 1 and "outer" not in err
+
+
 def call(*argv):
     return cli._parse(argv[0], cli.verb_module(argv[0]), list(argv[1:]))
 
@@ -120,6 +156,15 @@ def test_repeated_and_boolean_flags():
                     "--noignore_eos", "--max_host_bytes=3GiB").settings
     assert (settings.stop, settings.stop_token_ids) == (("a", "b"), (3,))
     assert (settings.json, settings.ignore_eos, settings.max_host_bytes) == (True, False, 3 << 30)
+
+
+@pytest.mark.parametrize("argv", [
+    ("generate", "To install", "--seed=3"), ("generate", "--seed=3", "To install"),
+    ("generate", "--seed", "3", "--", "To install")], ids=" ".join)
+def test_a_prompt_needs_no_flag(argv):
+    settings = call(*argv).settings
+    assert (settings.prompt, settings.seed) == ("To install", 3)
+    assert call("inspect", "text01").settings.model == "text01"
 
 
 def test_nothing_is_left_of_an_earlier_call():

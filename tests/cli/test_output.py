@@ -2,6 +2,8 @@
 
 import pytest
 
+from mmx.errors import UserError
+
 VERBS = {
     "generate": ("--prompt=a", "--max_tokens=2"),
     "batch": ("--input=IN",),
@@ -40,3 +42,43 @@ def test_a_run_of_training(mmx, tmp_path):
     for run, words in ((tmp_path / "taken", "--run="), ("/proc/new", "of --run cannot be")):
         code, _, err = mmx("train", "--model=nano", f"--data={tmp_path / 'taken'}", f"--run={run}")
         assert code == 2 and words in err and "Errno" not in err
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--data=nowhere/*.txt",), "No file matches 'nowhere/*.txt'"),
+    (("--data=broken.jsonl",), "broken.jsonl"),
+    (("--data=text.txt", "--heldout=nowhere.txt"), "No file matches 'nowhere.txt'"),
+    (("--data=text.txt", "--model=nano", "--tokenizer=none"), "none"),
+    (("--data=text.txt", "--init_from=none"), "There is no model at 'none'"),
+], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
+def test_a_training_that_is_refused_leaves_nothing(mmx, checkpoint, tmp_path, monkeypatch, flags,
+                                                   words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("the river ran under an old bridge")
+    (tmp_path / "broken.jsonl").write_text('{"text": 3}\n')
+    before = sorted(tmp_path.iterdir())
+    code, _, err = mmx("train", f"--model={checkpoint}", "--run=run", "--seq_len=16", *flags)
+    left = [path for path in tmp_path.rglob("*") if path not in before]
+    assert code == 2 and words in err
+    if "--init_from=none" in flags:  # by then the text is tokenised, which is kept
+        assert {path.relative_to(tmp_path).parts[:2] for path in left} == {("run",),
+                                                                          ("run", "tokens")}
+    else:
+        assert left == []
+
+
+def test_the_configuration_of_a_training_is_saved_when_it_starts(mmx, checkpoint, tmp_path,
+                                                                 monkeypatch):
+    saved = tmp_path / "run/config.gin"
+
+    def train(config, model_config, tokenizer, on_start):
+        assert not saved.exists()
+        saved.parent.mkdir()
+        on_start()
+        raise UserError("The tiny run stops here.")
+
+    monkeypatch.setattr("mmx.train.loop.train", train)
+    (tmp_path / "text.txt").write_text("the river")
+    code, _, _ = mmx("train", f"--model={checkpoint}", f"--data={tmp_path / 'text.txt'}",
+                     f"--run={tmp_path / 'run'}", "--seq_len=16")
+    assert code == 2 and "train.seq_len = 16" in saved.read_text()

@@ -1,6 +1,10 @@
 """The mixture: batches by row number, over hosts, workers and resumes."""
 
+import contextlib
 import itertools
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -73,6 +77,18 @@ def test_another_batch_size_goes_on_with_the_same_rows(plan):
 def test_worker_processes_give_the_same_batches(plan):
     for batch, other in zip(take(plan, 4), take(plan, 4, workers=2), strict=True):
         assert_same(batch, other)
+
+
+def test_an_interrupt_is_left_to_the_process_that_asks(plan):
+    """Ctrl-C reaches all processes of a terminal: a worker would die of it with a traceback."""
+    batches = pipeline.batches(plan, 0, ROWS, workers=1, ahead=1)
+    with contextlib.closing(batches):
+        first = [next(batches)]
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGINT)
+        for batch, other in zip([*first, next(batches), next(batches)], take(plan, 3), strict=True):
+            assert_same(batch, other)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_refusals_name_the_setting(plan, tmp_path):

@@ -36,8 +36,8 @@ def settings(tmp_path_factory):
         optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=5))
 
 
-def train(config, model=tiny.CONFIG, tokenizer=None):
-    return loop.train(config, model, tokenizer or ByteTokenizer())
+def train(config, model=tiny.CONFIG, tokenizer=None, on_start=None):
+    return loop.train(config, model, tokenizer or ByteTokenizer(), on_start)
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +112,10 @@ def test_a_killed_run_resumes_from_its_last_whole_checkpoint(settings, whole, tm
     assert [line["step"] for line in records(config)] == [5, 10, 10, 15, 20, 20]
 
 
-def test_a_run_out_of_minutes_saves_and_goes_on(settings, whole, tmp_path):
+def test_a_run_out_of_minutes_saves_and_goes_on(settings, whole, tmp_path, capsys):
     config = dataclasses.replace(settings, run=str(tmp_path / "run"), max_minutes=1e-6)
     outcome = train(config)
+    assert capsys.readouterr().err.count("compiling the step …\n") == 1
     assert (outcome.why, outcome.step) == ("out of time", 1)
     assert saving.latest(tmp_path / "run") == 1
     assert train(dataclasses.replace(config, max_minutes=0.0)).why == "finished"
@@ -157,8 +158,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(settings, tmp_path)
 
 
 def test_a_run_refuses_other_data_and_wrong_shapes(settings, whole, tmp_path):
+    started = []
     with pytest.raises(UserError, match="another seq_len"):
-        train(dataclasses.replace(settings, seq_len=32))
+        train(dataclasses.replace(settings, seq_len=32), on_start=lambda: started.append("other"))
     with pytest.raises(UserError, match="another data"):
         train(dataclasses.replace(settings, sources=(
             dataclasses.replace(settings.sources[0], weight=2.0),)))
@@ -174,3 +176,5 @@ def test_a_run_refuses_other_data_and_wrong_shapes(settings, whole, tmp_path):
         train(settings, tokenizer=NoEnd())
     with pytest.raises(UserError, match="no model"):
         loop.load_config(str(tmp_path / "nothing"))
+    train(settings, on_start=lambda: started.append("same"))
+    assert started == ["same"]
