@@ -34,6 +34,7 @@ from pallas_kernels.lightning_attention.pieces import put_together, share_out
 from pallas_kernels.once import once
 
 _MULTIPROCESSORS = 132  # of an H100 or H200
+_NOBODY = 2**30  # beyond any sample's number
 # What lasts in a part is cut into pieces of no fewer chunks than these, where all of it lasts.
 _PIECE = 16
 
@@ -195,33 +196,45 @@ def _whole_heads(heads: int, chunks: int) -> bool:
     """Whether blocks of whole heads of 128 beat twice as many of half ones, by their waves.
 
     Over a long sequence the two halves of a head drift so far apart that they no longer share q and
-    k through L2: on an H200 64 heads reach, halved and whole, 89 and 68 % of the byte floor at
-    32,768 tokens, 89 and 89 % at 131,072, 80 and 96 % at 1,048,576.
+    k through L2: on an H200 64 heads of the middle layer reach, halved and whole (in two parts), 86
+    and 80 % of the byte floor at 16,384 tokens, 78 and 88 % at 65,536, 85 and 92 % at 131,072, 80
+    and 96 % at 1,048,576; 8 heads (in 8 and 16 parts) 69 and 70 % at 131,072.
 
     Every block has a multiprocessor to itself. A wave of whole heads takes about 1.6 of one of
     halves: on an H200 the forward of 8 x 8,192 (512 heads) reaches 98 % of the byte floor whole and
     79 % halved, that of 1 x 8,192 (64) 58 % and 84 %. The gradients in k and v of 64 heads (128
     blocks whole) take 0.25 ms whole and 0.30 ms halved at 8,192 tokens.
     """
-    if chunks * C >= 131072 and 2 * heads >= 0.9 * _MULTIPROCESSORS:
+    if chunks * C >= (65536 if 2 * heads >= 0.9 * _MULTIPROCESSORS else 131072):
         return True
     return 1.6 * -(-heads // _MULTIPROCESSORS) <= -(-2 * heads // _MULTIPROCESSORS)
 
 
 def _marks(samples_BT, lengths_B, reverse):
-    """int32 [B, chunks, MARKS]: samples of a chunk twice, of its incoming and outgoing state, and 1
-    where all of those are the same.
-    """
+    """int32 [B, chunks, MARKS]: what a block is told of the samples in each of its chunks."""
     B, T = samples_BT.shape
     source, target = chunk_boundaries(samples_BT, lengths_B, C, reverse)
-    # Padding is of no sample: no token meets it.
+    # Padding is of no sample, behind all others.
     inside_BT = jnp.arange(T) < valid_lengths(lengths_B, B, T)[:, None]
-    samples = jnp.where(inside_BT, samples_BT, -1)
-    samples = jnp.pad(samples, ((0, 0), (0, -T % C))).reshape(B, -1, C)
-    plain = (samples == source[..., None]).all(-1) & (source == target)
-    edges = jnp.stack([source, target, plain.astype(jnp.int32)], axis=-1)
-    edges = jnp.pad(edges, ((0, 0), (0, 0), (0, MARKS - 2 * C - 3)))
-    return jnp.concatenate([samples, samples, edges], axis=-1).astype(jnp.int32)
+    samples = jnp.where(inside_BT, samples_BT, _NOBODY)
+    samples = jnp.pad(samples, ((0, 0), (0, -T % C)), constant_values=_NOBODY).reshape(B, -1, C)
+    row, column = samples[..., :, None], samples[..., None, :]
+    if reverse:
+        edge = C - 1 - jnp.sum(column > row, axis=-1, dtype=jnp.int32)
+    else:
+        edge = jnp.sum(column < row, axis=-1, dtype=jnp.int32)
+
+    def rows_of(sample):
+        """A sample's rows are neighbours: the first, and the one behind the last."""
+        own = samples == sample[..., None]
+        first = jnp.argmax(own, axis=-1).astype(jnp.int32)
+        return [first, first + jnp.sum(own, axis=-1, dtype=jnp.int32)]
+
+    continues = source == target
+    plain = (samples == source[..., None]).all(-1) & continues
+    told = jnp.stack([*rows_of(source), *rows_of(target), continues, plain], axis=-1)
+    told = jnp.pad(told.astype(jnp.int32), ((0, 0), (0, 0), (0, MARKS - C - told.shape[-1])))
+    return jnp.concatenate([edge, told], axis=-1)
 
 
 @once

@@ -22,12 +22,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 C = 64  # rows of a chunk: those of one warpgroup's matrix instruction
-# Integers per chunk of packed samples: each row's sample twice (one load has one layout), those of
-# the incoming and the outgoing state, whether all of these are one sample, and what makes TMA's
-# 128 bytes whole.
-MARKS = 2 * C + 32
+# Integers per chunk of packed samples: where each row's own sample begins (for `reverse`, ends), the
+# rows of the incoming state's sample, from and to, those of the outgoing one's, whether these two
+# are one sample, whether all is, and what makes TMA's 128 bytes whole.
+MARKS = C + 32
 _WGMMA = plgpu.Layout.WGMMA
-_ROW, _COLUMN = _WGMMA.reduce(1), _WGMMA.reduce(0)  # one value per row, per column
+_ROW = _WGMMA.reduce(1)  # one value per row
 TILES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 # Of tiles 64 columns wide, the same bytes as rows one by one: TMA then takes any T, where tiles of
 # 8 rows would need a multiple of 8.
@@ -215,14 +215,9 @@ class Block:
                 decay_C = jnp.where(enters, decay_C, 0.0)
             if s.samples:
                 marks = refs["marks_smem"].at[slot]
-                source, target = marks[2 * C], marks[2 * C + 1]
-                stays = jnp.where(source == target, stays, 0.0)
-
-                def of_target(decay_C):
-                    samples = load(marks.at[pl.ds(0, C)], layout=_ROW, optimized=False)
-                    return jnp.where(samples == target, decay_C, 0.0)
-
-                decay_C = self.unless_plain(slot, of_target, decay_C)
+                stays = jnp.where(marks[C + 4] != 0, stays, 0.0)
+                of_target = (row >= marks[C + 2]) & (row < marks[C + 3])
+                decay_C = jnp.where(of_target, decay_C, 0.0)
             v = load(refs["v"].at[slot], layout=_WGMMA).astype(jnp.float32)
             decayed = v * lax.broadcast_in_dim(decay_C, v.shape, [0])
             refs["decayed"][...] = decayed.astype(jnp.bfloat16)
@@ -295,12 +290,8 @@ class Block:
             decay_C = self.decay(jnp.maximum(rows - 1 - row_C, 0) if s.reverse else row_C + 1)
             if s.samples:
                 marks = refs["marks_smem"].at[slot]
-
-                def of_source(decay_C):
-                    samples = load(marks.at[pl.ds(0, C)], layout=_ROW, optimized=False)
-                    return jnp.where(samples == marks[2 * C], decay_C, 0.0)
-
-                decay_C = self.unless_plain(slot, of_source, decay_C)
+                of_source = (row_C >= marks[C]) & (row_C < marks[C + 1])
+                decay_C = jnp.where(of_source, decay_C, 0.0)
             out = out * lax.broadcast_in_dim(decay_C, out.shape, [0])
             if not s.scores_in_registers:
                 refs["scores"][group] = scores
@@ -327,25 +318,21 @@ class Block:
 
         plgpu.wait_smem_to_gmem(0)
 
-    def unless_plain(self, slot, masked, x):
-        """x, or `masked(x)` in a chunk where samples meet: most chunks hold one sample alone."""
-        plain = self.refs["marks_smem"].at[slot][2 * C + 2]
-        return lax.cond(plain == 0, masked, lambda x: x, x)
-
     def mask(self, scores, mask, slot):
         scores = scores * mask
         if not self.s.samples:
             return scores
+        marks = self.refs["marks_smem"].at[slot]
 
         def same_sample(scores):
-            marks = self.refs["marks_smem"].at[slot]
-            of_row = load(marks.at[pl.ds(0, C)], layout=_ROW, optimized=False)
-            of_column = load(marks.at[pl.ds(C, C)], layout=_COLUMN, optimized=False)
-            same = (lax.broadcast_in_dim(of_row, (C, C), [0])
-                    == lax.broadcast_in_dim(of_column, (C, C), [1]))
+            edge_C = load(marks.at[pl.ds(0, C)], layout=_ROW, optimized=False)
+            edge = lax.broadcast_in_dim(edge_C, (C, C), [0])
+            column = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=_WGMMA)
+            same = column <= edge if self.s.reverse else column >= edge
             return jnp.where(same, scores, 0.0)
 
-        return self.unless_plain(slot, same_sample, scores)
+        # Most chunks hold one sample alone.
+        return lax.cond(marks[C + 5] == 0, same_sample, lambda scores: scores, scores)
 
     def accumulate(self, totals, lefts, right):
         """total + left @ right for each pair, in the registers of the totals."""
