@@ -22,9 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 C = 64  # rows of a chunk: those of one warpgroup's matrix instruction
-# Integers per chunk of packed samples: where each row's own sample begins (ends, for `reverse`), from
-# and to of the rows of the incoming state's sample, and of the outgoing one's, whether these two are
-# one sample, whether all is, and what makes TMA's 128 bytes whole.
+# Integers per chunk of packed samples: where each row's own sample begins (ends, for `reverse`);
+# from and to of the rows of the incoming state's sample, and of the outgoing one's; whether these
+# two are one sample, and whether all is; and what makes TMA's 128 bytes whole.
 MARKS = C + 32
 _WGMMA = plgpu.Layout.WGMMA
 _ROW = _WGMMA.reduce(1)  # one value per row
