@@ -4,6 +4,7 @@ import jax
 
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.attention import cudnn, pallas_tpu, reference, splash, xla
+from pallas_kernels.grouped_matmul.stacked import Stacked, cut
 
 _IMPLEMENTATIONS = {
     "reference": reference.attention,
@@ -12,6 +13,8 @@ _IMPLEMENTATIONS = {
     "pallas_tpu": pallas_tpu.attention,
     "cudnn": cudnn.attention,
 }
+# Forms that read keys and values where they lie in a stack; for others they are cut out.
+_IN_PLACE = ()
 _PARTIAL = {
     "reference": reference.partial_attention,
     "xla": xla.partial_attention,
@@ -22,8 +25,8 @@ _PARTIAL = {
 
 def attention(
     q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k_BSKH: jax.Array | Stacked,
+    v_BSKH: jax.Array | Stacked,
     *,
     offsets_B: jax.Array | None = None,
     samples_BT: jax.Array | None = None,
@@ -36,7 +39,8 @@ def attention(
 
     Args:
       q_BTNH, k_BSKH, v_BSKH: float32 or bfloat16; rotation already applied. Scores, softmax and
-        sums are float32. Keys and values may be of a narrower type, as a cache holds them.
+        sums are float32. Keys and values may be of a narrower type, as a cache holds them, and a
+        layer's place in a stack of them.
       offsets_B: int32 position of each row's first query; zeros if None. Keys beyond a row's last
         query may hold anything finite.
       samples_BT: int32 sample number per token for packed rows (T = S, no offsets): tokens attend
@@ -67,7 +71,12 @@ def attention(
     automatic = implementation or _automatic(q_BTNH, k_BSKH, offsets_B, samples_BT)
     run = dispatch.choose("attention", _IMPLEMENTATIONS, implementation, automatic,
                           (B, T, S, N, K, H))
-    return run(q_BTNH, k_BSKH, v_BSKH, offsets_B, samples_BT)
+    return run(q_BTNH, *_taken(automatic, k_BSKH, v_BSKH), offsets_B, samples_BT)
+
+
+def _taken(form: str, *keys_values):
+    """Keys and values as a form takes them."""
+    return keys_values if form in _IN_PLACE else tuple(cut(x) for x in keys_values)
 
 
 def _automatic(q_BTNH, k_BSKH, offsets_B, samples_BT) -> str:
@@ -86,8 +95,8 @@ def _automatic(q_BTNH, k_BSKH, offsets_B, samples_BT) -> str:
 
 def partial_attention(
     q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k_BSKH: jax.Array | Stacked,
+    v_BSKH: jax.Array | Stacked,
     *,
     offsets_B: jax.Array,
     stride: int = 1,
@@ -126,7 +135,8 @@ def partial_attention(
     automatic = implementation or partial_form(q_BTNH, k_BSKH, stride, own, ends_BS)
     run = dispatch.choose("partial_attention", _PARTIAL, implementation, automatic,
                           (B, T, S, N, K, H))
-    return run(q_BTNH, k_BSKH, v_BSKH, offsets_B, stride, phase, own, apart, ends_BS)
+    return run(q_BTNH, *_taken(automatic, k_BSKH, v_BSKH), offsets_B, stride, phase, own, apart,
+               ends_BS)
 
 
 def partial_form(q_BTNH, k_BSKH, stride=1, own=None, ends_BS=None) -> str:
