@@ -14,7 +14,7 @@ _IMPLEMENTATIONS = {
     "cudnn": cudnn.attention,
 }
 # Forms that read keys and values where they lie in a stack; for others they are cut out.
-_IN_PLACE = ()
+_IN_PLACE = ("pallas_tpu", "xla")
 _PARTIAL = {
     "reference": reference.partial_attention,
     "xla": xla.partial_attention,
