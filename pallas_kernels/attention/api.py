@@ -1,9 +1,11 @@
 """Public function of softmax attention and the choice of its implementation."""
 
+from functools import partial
+
 import jax
 
 from pallas_kernels import dispatch, tuning
-from pallas_kernels.attention import cudnn, pallas_tpu, reference, splash, xla
+from pallas_kernels.attention import cudnn, cudnn_paged, pallas_tpu, reference, splash, xla
 from pallas_kernels.grouped_matmul.stacked import Stacked, cut
 
 _IMPLEMENTATIONS = {
@@ -12,14 +14,20 @@ _IMPLEMENTATIONS = {
     "splash": splash.attention,
     "pallas_tpu": pallas_tpu.attention,
     "cudnn": cudnn.attention,
+    "cudnn_paged": cudnn_paged.attention,
+    "cudnn_paged_128": partial(cudnn_paged.attention, page=cudnn_paged.SMALL_PAGE),
 }
+# Forms for single cases, which nothing takes, times or compares unless it names them.
+BY_NAME = ("cudnn_paged", "cudnn_paged_128")
 # Forms that read keys and values where they lie in a stack; for others they are cut out.
-_IN_PLACE = ("pallas_tpu", "xla")
+_IN_PLACE = ("pallas_tpu", "xla", *BY_NAME)
 _PARTIAL = {
     "reference": reference.partial_attention,
     "xla": xla.partial_attention,
     "pallas_tpu": pallas_tpu.partial_attention,
     "cudnn": cudnn.partial_attention,
+    "cudnn_paged": cudnn_paged.partial_attention,
+    "cudnn_paged_128": partial(cudnn_paged.partial_attention, page=cudnn_paged.SMALL_PAGE),
 }
 
 
@@ -46,7 +54,8 @@ def attention(
       samples_BT: int32 sample number per token for packed rows (T = S, no offsets): tokens attend
         within their sample only.
       implementation: "reference" (all scores at once), "xla" (blocks), "splash" (TPU, no offsets),
-        "pallas_tpu" (TPU, any offsets, forward only), "cudnn" (NVIDIA, bfloat16, not packed), or
+        "pallas_tpu" (TPU, any offsets, forward only), "cudnn" (NVIDIA, bfloat16, not packed),
+        "cudnn_paged" and "cudnn_paged_128" (the same for one query a row at offsets, in place), or
         None. A CPU interprets the TPU's kernels, slowly. Not to be called with sharded operands
         outside `jax.shard_map`, where a kernel would have to be split.
 

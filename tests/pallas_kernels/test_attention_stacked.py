@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels import attention, partial_attention
-from pallas_kernels.attention import cudnn
+from pallas_kernels.attention import cudnn, cudnn_paged
 from pallas_kernels.grouped_matmul.stacked import Stacked
 from tests.pallas_kernels import cudnn_stand_in
-from tests.pallas_kernels.test_attention import draw
+from tests.pallas_kernels.test_attention import draw, expected
+from tests.tolerances import assert_close
 
 FORMS = ("reference", "xla", "pallas_tpu", "cudnn")
 LAYERS, LAYER = 3, 1
@@ -19,6 +20,7 @@ LAYERS, LAYER = 3, 1
 def stand_in(monkeypatch):
     monkeypatch.setattr(cudnn, "_cudnn", cudnn_stand_in.run)
     monkeypatch.setattr(cudnn, "refusal", lambda *arguments: None)
+    monkeypatch.setattr(cudnn_paged, "_cudnn", cudnn_stand_in.run_paged)
 
 
 def compare(run, k_BSKH, v_BSKH):
@@ -51,3 +53,32 @@ def test_a_share_of_a_layer_of_a_stack(form):
     q, k, v = draw(1, 1300, "gqa")
     compare(lambda k, v: partial_attention(q, k, v, offsets_B=jnp.array([2599, 40]), stride=2,
                                            phase=1, implementation=form), k, v)
+
+
+@pytest.mark.parametrize("form", ["cudnn_paged", "cudnn_paged_128"])
+def test_pages_are_rows_of_the_stack(form):
+    """Rows of different lengths, one of a single key."""
+    q, k, v = draw(1, 640, "gqa")
+    offsets = (639, 0)
+    compare(lambda k, v: attention(q, k, v, offsets_B=jnp.array(offsets), implementation=form),
+            k, v)
+    got = attention(q, k, v, offsets_B=jnp.array(offsets), implementation=form)
+    assert_close(got, expected(q, k, v, offsets), "kernel", "float32", form)
+    share = {"offsets_B": jnp.array([1279, 0]), "stride": 2, "phase": 1}  # a row without a key
+    compare(lambda k, v: partial_attention(q, k, v, implementation=form, **share), k, v)
+    for have, want in zip(partial_attention(q, k, v, implementation=form, **share),
+                          partial_attention(q, k, v, implementation="cudnn", **share), strict=True):
+        assert_close(have, want, "kernel", "float32", form)
+
+
+def test_what_pages_do_not_take():
+    zeros = jnp.zeros(2, jnp.int32)
+    q, k, _ = draw(1, 100, "gqa")
+    two, narrow = jnp.concatenate([q, q], 1), k.astype(jnp.bfloat16)
+    for form, queries, keys, offsets, sentence in [
+            ("cudnn_paged", two, k, zeros, "takes one query a row, at offsets"),
+            ("cudnn_paged", q, k, None, "takes one query a row, at offsets"),
+            ("cudnn_paged", q, narrow, zeros, "which would be cast whole"),
+            ("cudnn_paged_128", q, k, zeros, "100 slots, which are no whole pages")]:
+        with pytest.raises(ValueError, match=sentence):
+            attention(queries, keys, keys, offsets_B=offsets, implementation=form)
