@@ -286,7 +286,11 @@ def _run(config, params, ids_BT, tokens, memories, dtype, remat, ops: Ops):
 
 
 def _run_stack(config, stack: Stack, params, slopes_RPN, x, memory, tokens, remat, ops: Ops):
-    """Runs one stack; memory (if any) is carried whole and updated in place at each repeat."""
+    """Runs one stack; memory (if any) is carried whole and updated in place at each repeat.
+
+    States are cut out for their layer and put back. Keys and values are not, as a rule: a layer
+    gets their stack and its place in it.
+    """
 
     def block(kind, narrow, leaves, slopes_N, x, layer_memory):
         layer = Block(config, kind, _lookup(leaves, ""))
@@ -334,19 +338,26 @@ def _run_stack(config, stack: Stack, params, slopes_RPN, x, memory, tokens, rema
         leaves = {**leaves, **{path: Stacked(leaf, r) for path, leaf in in_place.items()}}
         held = None
         if memory is not None:
-            held = jax.tree.map(
-                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, r, keepdims=False), memory
-            )
+            held = tuple({name: _of_repeat(name, leaf, r) for name, leaf in one.items()}
+                         for one in memory)
         x, new, stats = repeat(x, leaves, slopes_PN, held)
         if memory is not None:
             memory = jax.tree.map(
-                lambda leaf, got: jax.lax.dynamic_update_index_in_dim(leaf, got, r, 0), memory, new
-            )
+                lambda leaf, got: got.whole if isinstance(got, Stacked)
+                else jax.lax.dynamic_update_index_in_dim(leaf, got, r, 0), memory, new)
         return (x, memory), stats
 
     repeats = jnp.arange(stack.repeats, dtype=jnp.int32)
     (x, memory), stats = jax.lax.scan(body, (x, memory), (repeats, params, slopes_RPN))
     return x, memory, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats)
+
+
+def _of_repeat(name: str, leaf, r):
+    # To write a few narrow numbers, or to read some in a loop, XLA for CPUs casts all there are.
+    wide = dispatch.platform() != "cpu" or leaf.dtype.itemsize > 2
+    if name != "state" and wide:
+        return Stacked(leaf, r)
+    return jax.lax.dynamic_index_in_dim(leaf, r, keepdims=False)
 
 
 def load_balance(aux: Aux) -> jax.Array:

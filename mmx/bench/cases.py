@@ -22,11 +22,15 @@ from pallas_kernels import (
     lightning_attention,
     lightning_decode_slots,
 )
+from pallas_kernels.attention.api import BY_NAME
 from pallas_kernels.grouped_matmul.api import grouped_swiglu
+from pallas_kernels.grouped_matmul.stacked import Stacked
 
 # Steps of one compiled loop over a decode step, which is shorter than its dispatch, and how many of
 # them stand in a row in its body on an accelerator. A CPU's compiler would fuse those.
 LOOP_STEPS, UNROLL = 32, 8
+# How far outputs of two forms lie apart at most: twice what each may be off (`check.LIMITS`).
+AGREE = {"float32": 2e-5, "bfloat16": 8e-3}
 UNPACKED = "/whole"  # beside packed samples: the same tokens as one sample
 
 
@@ -36,7 +40,8 @@ class Case:
 
     `prepare(seed)` draws the inputs and returns a function from the name of an implementation (None
     is the automatic choice) to what is timed. `op` is the function of `pallas_kernels` beneath.
-    `own_choice`: it stands inside a model, which chooses.
+    `own_choice`: it stands inside a model, which chooses. `also`: forms that are timed for this
+    case alone.
     """
 
     operation: str
@@ -48,6 +53,7 @@ class Case:
     prepare: Callable[[int], Callable[[str | None], Run]]
     also_unpacked: bool = False
     own_choice: bool = False
+    also: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Sizes:
     step: Sequence[int]                          # batch
     grouped: Sequence[int]                       # rows
     attention: Sequence[tuple[int, int]]         # batch, tokens
-    attention_step: Sequence[tuple[int, int]]    # batch, context
+    attention_step: Sequence[tuple[int, ...]]    # batch, context (, layers of a stack)
     context: Sequence[int]                       # tokens
     chunk: int                                   # of a context, in layers
 
@@ -69,12 +75,12 @@ FULL = Sizes(
     forward=((1, 8192), (8, 8192), (1, 131072), (1, 524288), (1, 131072, 8)),
     train=((1, 8192), (8, 8192), (1, 131072)), packed=((64, 131072),), step=(16, 64, 256),
     grouped=(4096, 32768), attention=((1, 8192), (1, 32768)),
-    attention_step=((16, 8192), (64, 8192)),
+    attention_step=((16, 8192), (64, 8192), (64, 8192, 4), (16, 65536, 2)),
     context=(4096, 16384, 65536, 262144, 1048576), chunk=16384)
 SMALL = Sizes(
     forward=((1, 1024), (4, 1024), (1, 8192), (1, 8192, 2)), train=((1, 1024), (1, 4096)),
     packed=((8, 4096),), step=(1, 4, 16), grouped=(256, 2048), attention=((1, 512), (1, 2048)),
-    attention_step=((4, 1024),), context=(512, 2048, 8192, 32768), chunk=1024)
+    attention_step=((4, 1024), (4, 1024, 3)), context=(512, 2048, 8192, 32768), chunk=1024)
 
 
 def cases(config: ModelConfig, sizes: Sizes, dtype: str) -> list[Case]:
@@ -284,7 +290,9 @@ class _Maker:
                     {"batch": B, "tokens": T, "heads": N, "kv_heads": K, "head_dim": H},
                     self.dtype, floors.attention(B, T, N, K, H, self.size), prepare)
 
-    def attention_step(self, B: int, S: int) -> Case:
+    def attention_step(self, B: int, S: int, layers: int = 0) -> Case:
+        """With `layers` keys and values lie in a stack of so many, as a scan over layers has them:
+        a form reads one where it lies, or it is cut out first. There outputs are compared."""
         c = self.config
         N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
 
@@ -296,6 +304,28 @@ class _Maker:
                 return attention(q, k, v, offsets_B=offsets_B, implementation=name)
             return lambda name: dispatched(jax.jit(partial(step, name)), q, k, v, offsets_B)
 
-        return Case("attention_decode", "attention", f"b{B}s{S}",
-                    {"batch": B, "context": S, "heads": N, "kv_heads": K, "head_dim": H},
-                    self.dtype, floors.attention_step(B, S, N, K, H, self.size), prepare)
+        def prepare_stack(seed):
+            q, k, v = self._draw(seed, q=(B, 1, N, H), **dict.fromkeys("kv", (layers, B, K, S, H)))
+            args = q, k, v, S - 1 - jnp.arange(B) % 2, jnp.int32(layers // 2)
+
+            def step(name: Any, q, k, v, offsets_B, layer):
+                k, v = (Stacked(x, layer).swapaxes(1, 2) for x in (k, v))
+                return attention(q, k, v, offsets_B=offsets_B, implementation=name)
+
+            wanted = jax.jit(partial(step, "xla"))(*args)
+
+            def make(name):
+                program = jax.jit(partial(step, name))
+                off = jnp.linalg.norm((program(*args) - wanted).astype(jnp.float32).ravel())
+                off /= jnp.linalg.norm(wanted.astype(jnp.float32).ravel())
+                if not off <= AGREE[self.dtype]:
+                    raise ValueError(f"Its output is {off:.2g} off that of blocks in XLA.")
+                return dispatched(program, *args)
+            return make
+
+        dims = {"batch": B, "context": S, "heads": N, "kv_heads": K, "head_dim": H}
+        work = floors.attention_step(B, S, N, K, H, self.size)
+        if layers:
+            return Case("attention_decode", "attention", f"b{B}s{S}l{layers}",
+                        dims | {"layers": layers}, self.dtype, work, prepare_stack, also=BY_NAME)
+        return Case("attention_decode", "attention", f"b{B}s{S}", dims, self.dtype, work, prepare)

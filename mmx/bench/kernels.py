@@ -33,14 +33,16 @@ def at_home(name: str, platform: str) -> bool:
     return not homes or platform in homes
 
 
-def chosen(op: str, named: Sequence[str]) -> list[str]:
+def chosen(op: str, named: Sequence[str], also: Sequence[str] = ()) -> list[str]:
     """Implementations of `op` to time: those named, or "auto" and all at home here but the
-    reference, which takes one token at a time."""
+    reference, which takes one token at a time, and forms for single cases that are not `also`."""
     names = [*listed(op), AUTO]
     if named:
         return [name for name in named if name in names]
     platform = dispatch.platform()
-    own = [name for name in listed(op) if name != REFERENCE and at_home(name, platform)]
+    by_name = getattr(importlib.import_module(_MODULES[op]), "BY_NAME", ())
+    own = [name for name in listed(op) if name != REFERENCE and at_home(name, platform)
+           and (name not in by_name or name in also)]
     return [AUTO, *own]
 
 
@@ -76,7 +78,7 @@ def select(cases: Sequence[Case], what: Sequence[str], shapes: Sequence[str]) ->
 def measure(case: Case, named: Sequence[str], method: Method, ceilings: Ceilings, seed: int,
             peers: Callable[[Case], dict[str, Callable[[], Run]]] = lambda case: {}) -> list[dict]:
     """Times one case; a row for each implementation and peer."""
-    names = chosen(case.op, named)
+    names = chosen(case.op, named, case.also)
     if case.own_choice:
         names = [name for name in names if name == AUTO]
     if not names:

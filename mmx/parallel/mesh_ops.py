@@ -235,6 +235,8 @@ class MeshOps(Ops):
                 out = _own_piece(out, time)
             return out, held
 
+        if isinstance(cache[0], Stacked):
+            held = Stacked(P(None, *held), P())
         in_specs = (q, new, new, (held, held), P(q[0]), P(q[0]))
         return self._island(run, in_specs, (q, (held, held)))(
             q_BTNH, k_BTKH, v_BTKH, cache, offsets_B, lengths_B)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from mmx.parallel.capacity import within
 from pallas_kernels import attention, lightning_attention
+from pallas_kernels.grouped_matmul.stacked import Stacked
 
 NO_CHOICE: Mapping[str, str] = {}
 
@@ -72,8 +73,8 @@ class Ops:
     def cached_attention(self, q_BTNH, k_BTKH, v_BTKH, cache, offsets_B, lengths_B):
         """Writes keys and values at `offsets_B`; attends from there to all that is held.
 
-        `q_BTNH` may have one token, each row's last. `cache` is (k, v) [B, K, S, H]. Returns the
-        output and the new cache.
+        `q_BTNH` may have one token, each row's last. `cache` is (k, v) [B, K, S, H], each maybe a
+        `Stacked`, which is written in place. Returns the output and the new cache.
         """
         cache = tuple(write_rows(old, new, offsets_B, lengths_B)
                       for old, new in zip(cache, (k_BTKH, v_BTKH), strict=True))
@@ -128,10 +129,11 @@ def first_query(q_BTNH, k_BTKH, offsets_B, lengths_B) -> jax.Array:
     return offsets_B + jnp.maximum(lengths_B - 1, 0)
 
 
-def write_rows(cache_BKSH, x_BTKH, offsets_B, lengths_B, stride: int = 1, phase=0) -> jax.Array:
+def write_rows(cache_BKSH, x_BTKH, offsets_B, lengths_B, stride: int = 1, phase=0):
     """Writes each row's first `lengths_B[b]` tokens at `offsets_B[b]`, and nothing else.
 
     Slot s holds the token at position `s · stride + phase`; tokens of other phases are left out.
+    Of a `Stacked` the tokens go straight into the stack, and a `Stacked` is returned.
     """
     B, T = x_BTKH.shape[:2]
     S = cache_BKSH.shape[2]
@@ -150,4 +152,8 @@ def write_rows(cache_BKSH, x_BTKH, offsets_B, lengths_B, stride: int = 1, phase=
         mine_BT &= position_BT % stride == phase
     index_BT = jnp.where(mine_BT, position_BT // stride, S + time_T)
     rows_B1 = jnp.arange(B)[:, None]
-    return cache_BKSH.at[rows_B1, :, index_BT].set(x_BTKH, mode="drop", unique_indices=True)
+    how = {"mode": "drop", "unique_indices": True}
+    if isinstance(cache_BKSH, Stacked):
+        r = cache_BKSH.index
+        return Stacked(cache_BKSH.whole.at[r, rows_B1, :, index_BT].set(x_BTKH, **how), r)
+    return cache_BKSH.at[rows_B1, :, index_BT].set(x_BTKH, **how)

@@ -88,6 +88,8 @@ def _used(module: Module, inside: Computation, name: str, depth: int = 0) -> flo
             total += sum(leaf.bytes for leaf in user.leaves)
         elif user.op == "dynamic-update-slice" and index == 0:
             continue  # written in place
+        elif user.op == "scatter" and index == 0:
+            total += sum(leaf.bytes for leaf in inside.operand_leaves(user)[-1])
         elif user.op == "tuple" and user.root:
             continue  # handed on as it is
         elif user.op == "custom-call" and user.target.startswith(_FREE_TARGETS):
@@ -134,4 +136,14 @@ def _produced(module: Module, inside: Computation, source: Instruction, leaf: Le
     if line.op == "dynamic-update-slice":
         update = place.operand_leaves(line)[1]
         return sum(part.bytes for part in update)
+    if line.op == "scatter" and _given(place, line.operands[0]):
+        return sum(part.bytes for part in place.operand_leaves(line)[-1])
     return leaf.bytes
+
+
+def _given(inside: Computation, name: str) -> bool:
+    """Whether a fusion has an array from outside, so that it may be written in place."""
+    source = inside.by_name[name]
+    while source.op == "bitcast":
+        source = inside.by_name[source.operands[0]]
+    return source.op == "parameter"

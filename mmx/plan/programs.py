@@ -18,7 +18,7 @@ from mmx.engine import sampling
 from mmx.errors import UserError
 from mmx.parallel.mesh_ops import MeshOps
 from mmx.sharding.rules import REGIMES, Rules, param_shardings
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tuning
 from pallas_kernels.quantized import QuantizedTensor, TurnedTensor
 
 MODES = ("decode", "prefill", "long", "train")
@@ -76,7 +76,8 @@ class Job:
 class Memory:
     """Bytes of one device, as its share of each part of the arguments, and what the compiler adds.
 
-    `total` is what the compiler counts: arguments, results that alias nothing, temporaries, code.
+    `total` is what the compiler counts: arguments, results that alias nothing, temporaries, code;
+    on a Hopper GPU also what cuDNN, which is in no plan's program, gets cut out of a stack.
     """
 
     weights: int
@@ -114,7 +115,8 @@ def memory_of(compiled, parts: dict[str, int]) -> Memory:
     known = {name: parts.get(name, 0)
              for name in ("weights", "keys_values", "states", "optimizer")}
     return Memory(**known, other=max(arguments - sum(known.values()), 0),
-                  temporaries=total - arguments, total=total)
+                  temporaries=total - arguments + parts.get("cut_out", 0),
+                  total=total + parts.get("cut_out", 0))
 
 
 def _platform(mesh: Mesh) -> str:
@@ -170,6 +172,12 @@ def _serve(job: Job, ops: MeshOps, params):
     memories = [memory for stack in cache.stacks for memory in stack]
     states = share_bytes([memory for memory in memories if "state" in memory])
     parts = {"states": states, "keys_values": share_bytes(memories) - states}
+    if tuning.hopper() and job.dtype == "bfloat16":
+        # One layer's keys and values of a scan, and as bfloat16 if they are narrower.
+        width = jnp.dtype("bfloat16").itemsize
+        parts["cut_out"] = max((
+            width * share_bytes(memory) // memory["k"].dtype.itemsize // memory["k"].shape[0]
+            for memory in memories if "k" in memory and memory["k"].shape[0] > 1), default=0)
 
     def vector(dtype=jnp.int32):
         return jax.ShapeDtypeStruct((job.batch,), dtype, sharding=ops.sharding((job.batch,), None))

@@ -1,9 +1,12 @@
 """Public function of softmax attention and the choice of its implementation."""
 
+from functools import partial
+
 import jax
 
 from pallas_kernels import dispatch, tuning
-from pallas_kernels.attention import cudnn, pallas_tpu, reference, splash, xla
+from pallas_kernels.attention import cudnn, cudnn_paged, pallas_tpu, reference, splash, xla
+from pallas_kernels.grouped_matmul.stacked import Stacked, cut
 
 _IMPLEMENTATIONS = {
     "reference": reference.attention,
@@ -11,19 +14,27 @@ _IMPLEMENTATIONS = {
     "splash": splash.attention,
     "pallas_tpu": pallas_tpu.attention,
     "cudnn": cudnn.attention,
+    "cudnn_paged": cudnn_paged.attention,
+    "cudnn_paged_128": partial(cudnn_paged.attention, page=cudnn_paged.SMALL_PAGE),
 }
+# Forms for single cases, which nothing takes, times or compares unless it names them.
+BY_NAME = ("cudnn_paged", "cudnn_paged_128")
+# Forms that read keys and values where they lie in a stack; for others they are cut out.
+_IN_PLACE = ("pallas_tpu", "xla", *BY_NAME)
 _PARTIAL = {
     "reference": reference.partial_attention,
     "xla": xla.partial_attention,
     "pallas_tpu": pallas_tpu.partial_attention,
     "cudnn": cudnn.partial_attention,
+    "cudnn_paged": cudnn_paged.partial_attention,
+    "cudnn_paged_128": partial(cudnn_paged.partial_attention, page=cudnn_paged.SMALL_PAGE),
 }
 
 
 def attention(
     q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k_BSKH: jax.Array | Stacked,
+    v_BSKH: jax.Array | Stacked,
     *,
     offsets_B: jax.Array | None = None,
     samples_BT: jax.Array | None = None,
@@ -36,13 +47,15 @@ def attention(
 
     Args:
       q_BTNH, k_BSKH, v_BSKH: float32 or bfloat16; rotation already applied. Scores, softmax and
-        sums are float32. Keys and values may be of a narrower type, as a cache holds them.
+        sums are float32. Keys and values may be of a narrower type, as a cache holds them, and a
+        layer's place in a stack of them.
       offsets_B: int32 position of each row's first query; zeros if None. Keys beyond a row's last
         query may hold anything finite.
       samples_BT: int32 sample number per token for packed rows (T = S, no offsets): tokens attend
         within their sample only.
       implementation: "reference" (all scores at once), "xla" (blocks), "splash" (TPU, no offsets),
-        "pallas_tpu" (TPU, any offsets, forward only), "cudnn" (NVIDIA, bfloat16, not packed), or
+        "pallas_tpu" (TPU, any offsets, forward only), "cudnn" (NVIDIA, bfloat16, not packed),
+        "cudnn_paged" and "cudnn_paged_128" (the same for one query a row at offsets, in place), or
         None. A CPU interprets the TPU's kernels, slowly. Not to be called with sharded operands
         outside `jax.shard_map`, where a kernel would have to be split.
 
@@ -67,7 +80,12 @@ def attention(
     automatic = implementation or _automatic(q_BTNH, k_BSKH, offsets_B, samples_BT)
     run = dispatch.choose("attention", _IMPLEMENTATIONS, implementation, automatic,
                           (B, T, S, N, K, H))
-    return run(q_BTNH, k_BSKH, v_BSKH, offsets_B, samples_BT)
+    return run(q_BTNH, *_taken(automatic, k_BSKH, v_BSKH), offsets_B, samples_BT)
+
+
+def _taken(form: str, *keys_values):
+    """Keys and values as a form takes them."""
+    return keys_values if form in _IN_PLACE else tuple(cut(x) for x in keys_values)
 
 
 def _automatic(q_BTNH, k_BSKH, offsets_B, samples_BT) -> str:
@@ -86,8 +104,8 @@ def _automatic(q_BTNH, k_BSKH, offsets_B, samples_BT) -> str:
 
 def partial_attention(
     q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k_BSKH: jax.Array | Stacked,
+    v_BSKH: jax.Array | Stacked,
     *,
     offsets_B: jax.Array,
     stride: int = 1,
@@ -126,7 +144,8 @@ def partial_attention(
     automatic = implementation or partial_form(q_BTNH, k_BSKH, stride, own, ends_BS)
     run = dispatch.choose("partial_attention", _PARTIAL, implementation, automatic,
                           (B, T, S, N, K, H))
-    return run(q_BTNH, k_BSKH, v_BSKH, offsets_B, stride, phase, own, apart, ends_BS)
+    return run(q_BTNH, *_taken(automatic, k_BSKH, v_BSKH), offsets_B, stride, phase, own, apart,
+               ends_BS)
 
 
 def partial_form(q_BTNH, k_BSKH, stride=1, own=None, ends_BS=None) -> str:

@@ -3,7 +3,8 @@
 Blocks of keys beyond a row's furthest query are neither fetched nor computed. The query heads of a
 group are rows of one product, so that keys and values are read once per group and block of rows.
 Arithmetic per byte of keys is the number of rows of a block: 1,024 in prefill, N / K in decode.
-A narrower cache (float8) is read as it is and cast in on-chip memory.
+A narrower cache (float8) is read as it is and cast in on-chip memory. A layer's cache is read where
+it lies in the stack of several: rows of the stack are numbered through.
 
 Compiled for v5e, v5p, v6e and tpu7x; compiled, not run.
 """
@@ -20,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch, precision, tuning
 from pallas_kernels.attention.operands import dtype_refusal
+from pallas_kernels.grouped_matmul.stacked import stack
 
 _SIZES = pathlib.Path(__file__).with_name("blocks.json")
 
@@ -73,15 +75,16 @@ def _flash(q_BTNH, k_BSKH, v_BSKH, offsets_B, stride, phase, ends_BS=None, *, su
     q_BKRH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
     q_BKRH = jnp.pad(q_BKRH, ((0, 0), (0, 0), (0, padded - T * G), (0, 0)))
     # A cache lies heads first: its caller's transposition and these cancel.
-    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    (k, _, layer_1), (v, _, _) = (stack(x.swapaxes(1, 2)) for x in (k_BSKH, v_BSKH))
+    k_RKSH, v_RKSH = (x.reshape(-1, K, S, H) for x in (k, v))
     if interpret is None:
         interpret = dispatch.platform() == "cpu"
     shape = _Shape(B, K, G, T, S, H, rows, keys, stride, sizes["vmem_mib"])
-    first_B = jnp.asarray(offsets_B, jnp.int32)
-    phase_1 = jnp.asarray(phase, jnp.int32).reshape(1)
+    scalars = (jnp.asarray(offsets_B, jnp.int32), jnp.asarray(phase, jnp.int32).reshape(1),
+               layer_1 * B)
     # Ends in rows, not tokens: one comparison per score tells packed samples apart.
     ends = () if ends_BS is None else (jnp.asarray(ends_BS, jnp.int32)[:, None] * G,)
-    out = _call(shape, first_B, phase_1, (q_BKRH, k_BKSH, v_BKSH, *ends), sums, interpret)
+    out = _call(shape, scalars, (q_BKRH, k_RKSH, v_RKSH, *ends), sums, interpret)
 
     def tokens(x_BKR):
         x = x_BKR[:, :, :T * G].reshape(B, K, T, G, *x_BKR.shape[3:])
@@ -122,25 +125,27 @@ class _Shape(NamedTuple):
         return (held + self.keys - 1) // self.keys
 
 
-def _call(shape: _Shape, first_B, phase_1, operands, sums: bool, interpret):
-    q_BKRH, k_BKSH = operands[:2]
+def _call(shape: _Shape, scalars, operands, sums: bool, interpret):
+    """`scalars`: offsets [B], the phase [1], and the row [1] of keys and values that is row 0."""
+    q_BKRH, k_RKSH = operands[:2]
+    first_B, phase_1, _ = scalars
     B, K, H, rows, keys = shape.B, shape.K, shape.H, shape.rows, shape.keys
 
-    def row_map(b, n, i, j, first_ref, phase_ref):
+    def row_map(b, n, i, j, *refs):
         return b, n, i, 0
 
-    def key_block(b, i, j, first_ref, phase_ref):
+    def key_block(b, i, j, first_ref, phase_ref, _):
         # The last block that is needed stays where it is: the pipeline fetches nothing anew.
         visited = shape.visited(first_ref[b], phase_ref[0], i)
         return jnp.minimum(j, jnp.maximum(visited - 1, 0))
 
     def key_map(b, n, i, j, *refs):
-        return b, n, key_block(b, i, j, *refs), 0
+        return refs[2][0] + b, n, key_block(b, i, j, *refs), 0
 
     def end_map(b, n, i, j, *refs):
         return b, 0, key_block(b, i, j, *refs)
 
-    def sum_map(b, n, i, j, first_ref, phase_ref):
+    def sum_map(b, n, i, j, *refs):
         return b, n, 0, i
 
     row_spec = pl.BlockSpec((1, 1, rows, H), row_map)
@@ -160,7 +165,7 @@ def _call(shape: _Shape, first_B, phase_1, operands, sums: bool, interpret):
     out = pl.pallas_call(
         functools.partial(_kernel, shape, sums, packed),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(B, K, shape.row_blocks, jnp.maximum(longest, 1)),
             in_specs=in_specs,
             out_specs=out_specs,
@@ -172,10 +177,10 @@ def _call(shape: _Shape, first_B, phase_1, operands, sums: bool, interpret):
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=shape.vmem_mib << 20),
-        cost_estimate=_cost(shape, q_BKRH.dtype.itemsize, k_BKSH.dtype.itemsize, sums),
+        cost_estimate=_cost(shape, q_BKRH.dtype.itemsize, k_RKSH.dtype.itemsize, sums),
         name="cached_attention",
         interpret=interpret,
-    )(first_B, phase_1, *operands)
+    )(*scalars, *operands)
     return out if sums else out[0]
 
 
@@ -189,7 +194,7 @@ def _cost(shape: _Shape, itemsize: int, key_itemsize: int, sums: bool) -> pl.Cos
                            bytes_accessed=read + row_count * shape.H * itemsize + written)
 
 
-def _kernel(shape: _Shape, sums, packed, first_ref, phase_ref, q_ref, k_ref, v_ref, *refs):
+def _kernel(shape: _Shape, sums, packed, first_ref, phase_ref, _, q_ref, k_ref, v_ref, *refs):
     if packed:
         ends_ref, *refs = refs
     out_ref, (acc_ref, total_ref, peak_ref) = refs[0], refs[-3:]

@@ -3,7 +3,7 @@
 Without offsets (training, scoring) query blocks see a static prefix of the keys: no work above
 the diagonal, and plain autodiff. With offsets (a cache) key blocks are visited up to the furthest
 query by a loop of dynamic length with a running maximum and sum, so cost follows the tokens held
-and not the capacity.
+and not the capacity; a block is cut out of the stack of several layers where it lies.
 """
 
 import math
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch, precision
 from pallas_kernels.attention.shares import NEG_INF
+from pallas_kernels.grouped_matmul.stacked import Stacked, cut
 
 QUERY_BLOCK = 512
 KEY_BLOCK = 1024
@@ -31,7 +32,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, offsets_B, samples_BT):
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     if offsets_B is None:
-        k_BKSH, v_BKSH = k_BKSH.astype(q_BTNH.dtype), v_BKSH.astype(q_BTNH.dtype)
+        k_BKSH, v_BKSH = (cut(x).astype(q_BTNH.dtype) for x in (k_BKSH, v_BKSH))
         out = _causal(q_BKGTH, k_BKSH, v_BKSH, samples_BT)
     else:
         out = _cached(q_BKGTH, k_BKSH, v_BKSH, offsets_B)
@@ -120,7 +121,7 @@ def _sums(q, k, v, offsets_B, stride, phase, ends_BS):
         return mask
 
     if S <= block_size:
-        k, v = k.astype(q.dtype), v.astype(q.dtype)
+        k, v = cut(k).astype(q.dtype), cut(v).astype(q.dtype)
         mask = seen(jnp.arange(S), ends_BS)
         scores = jnp.where(mask, _scores(q, k), NEG_INF)
         peak = scores.max(-1, keepdims=True)
@@ -132,8 +133,7 @@ def _sums(q, k, v, offsets_B, stride, phase, ends_BS):
         # The last block may overlap its neighbour: its first keys are then masked as seen.
         first = jnp.minimum(i * block_size, S - block_size)
         # A narrower cache is cast block by block.
-        k_block, v_block = (jax.lax.dynamic_slice_in_dim(x, first, block_size, 2).astype(q.dtype)
-                            for x in (k, v))
+        k_block, v_block = (_block(x, first, block_size).astype(q.dtype) for x in (k, v))
         key = first + jnp.arange(block_size)
         ends = ends_BS
         if ends is not None:
@@ -154,3 +154,12 @@ def _sums(q, k, v, offsets_B, stride, phase, ends_BS):
     )
     used = jnp.clip(-(-(jnp.max(offsets_B) + T - phase) // stride), 0, S)
     return jax.lax.fori_loop(0, -(-used // block_size), block, start)
+
+
+def _block(x_BKSH, first, size: int):
+    """Keys first … first + size - 1 of a cache or of its place in a stack."""
+    if not isinstance(x_BKSH, Stacked):
+        return jax.lax.dynamic_slice_in_dim(x_BKSH, first, size, 2)
+    B, K, _, H = x_BKSH.shape
+    return jax.lax.dynamic_slice(
+        x_BKSH.whole, (x_BKSH.index, 0, 0, first, 0), (1, B, K, size, H))[0]

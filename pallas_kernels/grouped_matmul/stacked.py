@@ -1,4 +1,4 @@
-"""A layer's weight as a place in the stack of all layers."""
+"""A layer's weight, or its keys or values, as a place in the stack of all layers."""
 
 import dataclasses
 
@@ -11,14 +11,15 @@ from pallas_kernels.quantized import QuantizedTensor, TurnedTensor
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stacked:
-    """The weight `whole[index]`, not cut out yet.
+    """The array `whole[index]`, not cut out yet.
 
     A scan over layers cuts each layer's weights out of their stack. XLA fuses that cut into its own
     products; in front of a kernel it copies the layer, which reads and writes all experts where few
-    are hit. A kernel that is given the stack and a number reads it where it lies.
+    are hit. A kernel that is given the stack and a number reads it where it lies. So with caches: a
+    layer writes its tokens into the stack, and nothing is put back.
 
     Attributes:
-      whole: all layers' weights [R, ...], or an int8 leaf of them.
+      whole: all layers' weights, keys or values [R, ...], or an int8 leaf of weights.
       index: int32 scalar.
     """
 
@@ -38,6 +39,10 @@ class Stacked:
     def dtype(self):
         return self.whole.dtype
 
+    def swapaxes(self, first: int, second: int) -> "Stacked":
+        """Two axes of the layer exchanged."""
+        return Stacked(self.whole.swapaxes(first + 1, second + 1), self.index)
+
     def __getitem__(self, index):
         """Returns itself for `[...]`, the way modules read a parameter."""
         if index is not ...:
@@ -46,7 +51,7 @@ class Stacked:
 
 
 def cut(weight):
-    """Returns the layer's own weight, copied where XLA has to; others as they are."""
+    """Returns the layer's own array, copied where XLA has to; others as they are."""
     if not isinstance(weight, Stacked):
         return weight
     return jax.tree.map(

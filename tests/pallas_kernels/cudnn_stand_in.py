@@ -16,6 +16,17 @@ def run(q, k, v, lengths_B):
     return out, jax.nn.logsumexp(scores, -1).swapaxes(1, 2)
 
 
+def run_paged(q_BNTH, k_PKSH, v_PKSH, lengths_B, table_B1P1, sums):
+    """As `cudnn_paged._cudnn`: a row's pages side by side."""
+    def gathered(x_PKSH):
+        pages = x_PKSH[table_B1P1[:, 0, :, 0]]  # [B, P, K, S, H]
+        B, P, K, S, H = pages.shape
+        return jnp.moveaxis(pages, 2, 3).reshape(B, P * S, K, H)
+
+    out, lse = run(q_BNTH.swapaxes(1, 2), gathered(k_PKSH), gathered(v_PKSH), lengths_B)
+    return out.swapaxes(1, 2), lse.swapaxes(1, 2) if sums else None
+
+
 def install(cudnn) -> None:
     """Lets the module `cudnn` run by it for the rest of this process, whatever the dtype."""
     cudnn._cudnn, cudnn.refusal = run, lambda *arguments: None

@@ -60,6 +60,9 @@ def test_kernels_are_chosen_and_compile(compiled, chip):
         assert keys <= one["bytes"] < 1.05 * most
         # A cache is read where it lies.
         assert one["copies"] == [] and one["temporary"] < keys
+    one, keys = found["stacked"], 2 * 32 * 8192 * K * H * 2  # one layer of four, where it lies
+    assert one["kernels"] == ["cached_attention"] and one["temporary"] < keys // 64
+    assert keys <= one["bytes"] < 1.05 * keys
     one = found["float8"]  # read as it lies: half the bytes of bfloat16
     assert one["kernels"] == ["cached_attention"] and one["copies"] == []
     assert one["bytes"] < 1.1 * 2 * 32 * 8192 * K * H and one["temporary"] < 2 * 32 * 8192 * K
@@ -92,6 +95,7 @@ def main(name):
     from mmx.plan import hlo
     from mmx.plan.pods import parse_pod
     from pallas_kernels import attention, dispatch, paged_attention, partial_attention
+    from pallas_kernels.grouped_matmul.stacked import Stacked
 
     pod = parse_pod(name)
     mesh = topology.make_mesh(pod, {"data": pod.devices})
@@ -122,6 +126,10 @@ def main(name):
         phase = jax.lax.axis_index("data")
         return partial_attention(q, k, v, offsets_B=offsets_B, stride=4, phase=phase)
 
+    def stacked(q, k_RBKSH, v_RBKSH, offsets_B, layer_1):
+        k, v = (Stacked(x, layer_1[0]).swapaxes(1, 2) for x in (k_RBKSH, v_RBKSH))
+        return attention(q, k, v, offsets_B=offsets_B)
+
     def piece(q, k, v, ends_BS):
         offset_B = jnp.full(1, q.shape[1] * jax.lax.axis_index("data"))
         return partial_attention(q, k, v, offsets_B=offset_B, ends_BS=ends_BS)
@@ -143,6 +151,9 @@ def main(name):
     _, T, S = CACHED["decode"]
     report["float8"] = compiled(cached, ((32, T, N, H), "bfloat16"),
                                 *[((32, K, S, H), "float8_e4m3fn")] * 2, ((32,), "int32"))
+    report["stacked"] = compiled(stacked, ((32, T, N, H), "bfloat16"),
+                                 *[((4, 32, K, S, H), "bfloat16")] * 2, ((32,), "int32"),
+                                 ((1,), "int32"))
     for case, (B, T, S) in PAGED.items():
         report[f"paged {case}"] = compiled(
             paged_attention, ((B * T, N, H), "bfloat16"), ((B * S // 64, 64, 2 * K, H), "bfloat16"),

@@ -37,7 +37,7 @@ from tests.pallas_kernels import cudnn_stand_in
 from tests.parallel import ragged
 from tests.tolerances import peak_ratio
 
-CONFIG, PARAMS = tiny_model((LIGHTNING, SOFTMAX))
+CONFIG, PARAMS = tiny_model((LIGHTNING, SOFTMAX) * 2)  # a scan of two repeats
 CHUNKS = (8, 8, 1, 1)
 CAPACITY = 32
 

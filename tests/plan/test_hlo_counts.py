@@ -83,6 +83,19 @@ SLICED = """%take (w: bf16[5,64,32], i: s32[], x: bf16[8,64]) -> bf16[8,32] {
   %z = s32[] constant(0)
   ROOT %r = bf16[5,64,32]{2,1,0} dynamic-update-slice(%w, %v, %i, %z, %z)
 }
+
+%last (a: bf16[], b: bf16[]) -> bf16[] {
+  %a = bf16[] parameter(0)
+  ROOT %b = bf16[] parameter(1)
+}
+
+%strew (w: bf16[5,64,32], i: s32[8,1], u: bf16[8,32]) -> bf16[320,32] {
+  %w = bf16[5,64,32]{2,1,0} parameter(0)
+  %v = bf16[320,32]{1,0} bitcast(%w)
+  %i = s32[8,1]{1,0} parameter(1)
+  %u = bf16[8,32]{1,0} parameter(2)
+  ROOT %r = bf16[320,32]{1,0} scatter(%v, %i, %u), update_window_dims={1}, to_apply=%last
+}
 """
 
 
@@ -103,6 +116,11 @@ def test_bytes_of_slices_not_of_what_is_sliced():
         %i = s32[] parameter(1)
         %f = bf16[1,64,32]{2,1,0} fusion(%w, %i), kind=kLoop, calls=%take_seen""", SLICED) == \
         2 * one + 4
+    assert moved("""%w = bf16[5,64,32]{2,1,0} parameter(0)
+        %i = s32[8,1]{1,0} parameter(1)
+        %u = bf16[8,32]{1,0} parameter(2)
+        %f = bf16[320,32]{1,0} fusion(%w, %i, %u), kind=kInput, calls=%strew""", SLICED) == \
+        3 * 8 * 32 * 2 + 8 * 4
 
 
 def test_bytes_of_a_tpus_on_chip_memory_do_not_count():
