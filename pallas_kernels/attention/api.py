@@ -5,7 +5,15 @@ from functools import partial
 import jax
 
 from pallas_kernels import dispatch, tuning
-from pallas_kernels.attention import cudnn, cudnn_paged, pallas_tpu, reference, splash, xla
+from pallas_kernels.attention import (
+    cudnn,
+    cudnn_paged,
+    mosaic_gpu,
+    pallas_tpu,
+    reference,
+    splash,
+    xla,
+)
 from pallas_kernels.grouped_matmul.stacked import Stacked, cut
 
 _IMPLEMENTATIONS = {
@@ -16,9 +24,19 @@ _IMPLEMENTATIONS = {
     "cudnn": cudnn.attention,
     "cudnn_paged": cudnn_paged.attention,
     "cudnn_paged_128": partial(cudnn_paged.attention, page=cudnn_paged.SMALL_PAGE),
+    "mosaic_gpu": mosaic_gpu.attention,
 }
-# Forms for single cases, which nothing takes, times or compares unless it names them.
-BY_NAME = ("cudnn_paged", "cudnn_paged_128")
+# Forms of one query a row that read it in place, and when they do not; nothing takes, times or
+# compares them unless it names them.
+_ONE_QUERY = {
+    "cudnn_paged": partial(cudnn_paged.refusal, page=None),
+    "cudnn_paged_128": partial(cudnn_paged.refusal, page=cudnn_paged.SMALL_PAGE),
+    "mosaic_gpu": mosaic_gpu.refusal,
+}
+BY_NAME = tuple(_ONE_QUERY)
+# What Hopper takes for them by itself: one of these once a run has shown it faster than a layer cut
+# out for cuDNN.
+HOPPER_DECODE = "cudnn"
 # Forms that read keys and values where they lie in a stack; for others they are cut out.
 _IN_PLACE = ("pallas_tpu", "xla", *BY_NAME)
 _PARTIAL = {
@@ -28,6 +46,7 @@ _PARTIAL = {
     "cudnn": cudnn.partial_attention,
     "cudnn_paged": cudnn_paged.partial_attention,
     "cudnn_paged_128": partial(cudnn_paged.partial_attention, page=cudnn_paged.SMALL_PAGE),
+    "mosaic_gpu": mosaic_gpu.partial_attention,
 }
 
 
@@ -55,9 +74,9 @@ def attention(
         within their sample only.
       implementation: "reference" (all scores at once), "xla" (blocks), "splash" (TPU, no offsets),
         "pallas_tpu" (TPU, any offsets, forward only), "cudnn" (NVIDIA, bfloat16, not packed),
-        "cudnn_paged" and "cudnn_paged_128" (the same for one query a row at offsets, in place), or
-        None. A CPU interprets the TPU's kernels, slowly. Not to be called with sharded operands
-        outside `jax.shard_map`, where a kernel would have to be split.
+        "cudnn_paged", "cudnn_paged_128" and "mosaic_gpu" (Hopper's, for one query a row at offsets,
+        in place), or None. A CPU interprets the TPU's kernels, slowly. Not to be called with
+        sharded operands outside `jax.shard_map`, where a kernel would have to be split.
 
     Returns:
       Output [B, T, N, H] in q's dtype. Differentiable in q, k and v when `offsets_B` is None.
@@ -98,8 +117,15 @@ def _automatic(q_BTNH, k_BSKH, offsets_B, samples_BT) -> str:
         if T >= 128 and splash.refusal(q_BTNH, k_BSKH, offsets_B) is None:
             return "splash"
     if platform == "gpu" and cudnn.suits(q_BTNH, k_BSKH, offsets_B, samples_BT):
-        return "cudnn"
+        return _by_cudnn(q_BTNH, k_BSKH, offsets_B)
     return "xla"
+
+
+def _by_cudnn(q_BTNH, k_BSKH, offsets_B) -> str:
+    refusal = _ONE_QUERY.get(HOPPER_DECODE)
+    if refusal and refusal(q_BTNH, k_BSKH, offsets_B, None) is None:
+        return HOPPER_DECODE
+    return "cudnn"
 
 
 def partial_attention(
@@ -153,6 +179,6 @@ def partial_form(q_BTNH, k_BSKH, stride=1, own=None, ends_BS=None) -> str:
     if dispatch.platform() == "gpu":
         fits = (cudnn.partial_refusal(q_BTNH, k_BSKH, stride, own, ends_BS) is None
                 and cudnn.suits(q_BTNH, k_BSKH, (), None))
-        return "cudnn" if fits else "xla"
+        return _by_cudnn(q_BTNH, k_BSKH, ()) if fits else "xla"
     # A TPU's kernel tells packed rows by `ends_BS`.
     return _automatic(q_BTNH, k_BSKH, (), None)
