@@ -19,6 +19,7 @@ from mmx.errors import UserError
 from mmx.parallel.mesh_ops import MeshOps
 from mmx.sharding.rules import REGIMES, Rules, param_shardings
 from pallas_kernels import dispatch, tuning
+from pallas_kernels.attention.api import HOPPER_DECODE
 from pallas_kernels.quantized import QuantizedTensor, TurnedTensor
 
 MODES = ("decode", "prefill", "long", "train")
@@ -172,7 +173,8 @@ def _serve(job: Job, ops: MeshOps, params):
     memories = [memory for stack in cache.stacks for memory in stack]
     states = share_bytes([memory for memory in memories if "state" in memory])
     parts = {"states": states, "keys_values": share_bytes(memories) - states}
-    if tuning.hopper() and job.dtype == "bfloat16":
+    cuts = job.mode != "decode" or HOPPER_DECODE == "cudnn"
+    if cuts and tuning.hopper() and job.dtype == "bfloat16":
         # One layer's keys and values of a scan, and as bfloat16 if they are narrower.
         width = jnp.dtype("bfloat16").itemsize
         parts["cut_out"] = max((
