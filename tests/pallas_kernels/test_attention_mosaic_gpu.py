@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import attention, dispatch
 from pallas_kernels.attention import api, cudnn, mosaic_gpu
+from pallas_kernels.grouped_matmul.stacked import Stacked
 from tests.pallas_kernels import hopper
 from tests.tolerances import bound
 
@@ -65,6 +66,8 @@ def test_what_the_kernel_does_not_take(monkeypatch, T, N, H, S, dtype, offsets, 
     assert sentence is None if message is None else message in sentence
     if offsets is not None:
         with dispatch.compiling_for("gpu"):
-            chosen = api._automatic(q, k, offsets, None), api.partial_form(q, k)
+            stacked = Stacked(jax.ShapeDtypeStruct((3, *k.shape), dtype), 0)
+            chosen = [api._automatic(q, one, offsets, None) for one in (k, stacked)]
+            share = api.partial_form(q, stacked)
         other = "xla" if dtype == "float32" else "cudnn"
-        assert chosen == (("mosaic_gpu" if message is None else other),) * 2
+        assert chosen == [other, "mosaic_gpu" if message is None else other] and share == other
