@@ -48,8 +48,11 @@ class Wire(NamedTuple):
 def exchange_experts(run: Callable, g_TD, weight_Tk, expert_Tk, local_experts: int, owners,
                      everyone, *, width=(), split: bool = True, form: str = "all_to_all",
                      groups: int = 1, limit: int | None = None,
-                     inference: bool = True) -> jax.Array:
+                     inference: bool = True, apart: bool = False) -> jax.Array:
     """Returns the weighted sum over each local token's experts, of g's dtype [T, D].
+
+    With `apart`, what is left over the axes of `width` is the caller's: with `split` [T / P, D],
+    this device's part of the tokens, else its part of the sum.
 
     Args:
       run: `run(x_MD, weight_M1, expert_M1)`: the experts of this device, ids from 0; ids of
@@ -93,6 +96,8 @@ def exchange_experts(run: Callable, g_TD, weight_Tk, expert_Tk, local_experts: i
     pairs = jnp.concatenate([wire.pairs(out) for wire, out in zip(wires, outs, strict=True)])
     out_TkD = pairs.reshape(-1, k, D).astype(jnp.float32)
     out_TD = jnp.sum(out_TkD * weight[..., None], axis=1).astype(g.dtype)
+    if apart:
+        return out_TD[:T]
     if width:
         out_TD = jax.lax.all_gather(out_TD, width, axis=0, tiled=True)
     return (jax.lax.psum(out_TD, added) if added else out_TD)[:T]

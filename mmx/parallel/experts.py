@@ -67,24 +67,29 @@ def over_mesh(ops, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down, 
         flat = (x.reshape(-1, x.shape[-1]) for x in (g, weight, expert))
         out = exchange_experts(
             lambda *rows: run(*rows, gate_up, down), *flat, local_E, owners,
-            tuple(ops.mesh.axis_names), width=width, form=method, limit=most,
-            split=_split(ops, owners, local_pairs),
-            groups=_groups(ops, local_pairs // local_E), inference=inference)
-        return out.reshape(g.shape)
+            tuple(ops.mesh.axis_names), width=width, form=method, limit=most, split=split,
+            groups=groups, inference=inference, apart=back != tokens)
+        if back == tokens or split:
+            return out.reshape(g.shape[0], -1, g.shape[2])
+        return sums.keep_piece(out.reshape(g.shape), width, 1, g.dtype, form).astype(g.dtype)
 
     entry = _entry(owners), _entry(width)
     weights = (leaf_spec(gate_up, P(None, entry[0], None, entry[1])),
                leaf_spec(down, P(entry[0], entry[1], None)))
     method = _method(ops, bool(owners) and set(owners) <= set(spread), parts, k,
                      local_pairs, not (inference or capacity))
-    if method == SUM:
-        lie, island = apart, body
-        held = g_BTD.shape[0] * g_BTD.shape[1] // _count(
-            ops.mesh, [name for entry in apart for name in names_of(entry)])
-        form = sums.form(ops, held) if inference else sums.WHOLE
-        back = apart if form == sums.WHOLE else _pieces(ops, g_BTD.shape, tokens, apart, shared)
-    else:
-        lie, island, back = tokens, exchanged, tokens
+    lie, island, shared = (apart, body, shared) if method == SUM else (tokens, exchanged, width)
+    held = g_BTD.shape[0] * g_BTD.shape[1] // _count(
+        ops.mesh, [name for entry in lie for name in names_of(entry)])
+    form = sums.form(ops, held) if inference else sums.WHOLE
+    split, groups = _split(ops, owners, local_pairs), _groups(ops, local_pairs // local_E)
+    back = lie
+    if form != sums.WHOLE:
+        back = _pieces(ops, g_BTD.shape, tokens, lie, shared)
+        rows = g_BTD.shape[0] // _count(ops.mesh, names_of(lie[0]))
+        if method != SUM and split and (
+                rows > 1 or held % (_count(ops.mesh, width) * groups)):
+            back = lie  # a device's part of the tokens is no piece of each row's time
     return ops._island(island, (lie, lie, lie, *weights), back)(
         g_BTD, weight_BTk, expert_BTk, gate_up, down)
 

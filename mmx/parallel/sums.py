@@ -5,8 +5,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 
-# How a device gets the sum of all tokens ("whole"), or of its piece of their time: the collective's
-# own float32 sum ("pieces"), or everybody's parts of it in the activations' dtype ("narrow").
+# How a device gets the sum of all tokens ("whole", in float32), or of its piece of their time, of
+# parts in the activations' dtype: the collective's ("pieces"), or its own ("narrow").
 FORMS = WHOLE, PIECES, NARROW = "whole", "pieces", "narrow"
 # Of fewer tokens on a device (a decode step's) the number of messages counts, not their bytes.
 MANY = 256
@@ -29,10 +29,11 @@ def form(ops, tokens: int) -> str:
 def keep_piece(x: jax.Array, names, axis: int, dtype, form: str) -> jax.Array:
     """This device's piece along `axis` of the sum of x over mesh axes; float32.
 
-    "narrow": each device's part is rounded to `dtype` once, and the parts are added in float32.
+    Each device's part is rounded to `dtype` once; "narrow" adds them in float32.
     """
     if form == PIECES:
-        return jax.lax.psum_scatter(x, names, scatter_dimension=axis, tiled=True)
+        x = jax.lax.psum_scatter(x.astype(dtype), names, scatter_dimension=axis, tiled=True)
+        return x.astype(jnp.float32)
     parts = jax.lax.axis_size(names)
     x = x.reshape(*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1:])
     x = jax.lax.all_to_all(x.astype(dtype), names, axis, axis)
