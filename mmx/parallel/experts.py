@@ -82,13 +82,11 @@ def over_mesh(ops, run: Callable, g_BTD, weight_BTk, expert_BTk, gate_up, down, 
     held = g_BTD.shape[0] * g_BTD.shape[1] // _count(
         ops.mesh, [name for entry in lie for name in names_of(entry)])
     form = sums.form(ops, held) if inference else sums.WHOLE
-    split, groups = _split(ops, owners, local_pairs), _groups(ops, local_pairs // local_E)
-    back = lie
-    if form != sums.WHOLE:
-        back = _pieces(ops, g_BTD.shape, tokens, lie, shared)
+    back = lie if form == sums.WHOLE else _pieces(ops, g_BTD.shape, tokens, lie, shared)
+    if method != SUM:
+        split, groups = _split(ops, owners, local_pairs), _groups(ops, local_pairs // local_E)
         rows = g_BTD.shape[0] // _count(ops.mesh, names_of(lie[0]))
-        if method != SUM and split and (
-                rows > 1 or held % (_count(ops.mesh, width) * groups)):
+        if split and (rows > 1 or held % (_count(ops.mesh, width) * groups)):
             back = lie  # a device's part of the tokens is no piece of each row's time
     return ops._island(island, (lie, lie, lie, *weights), back)(
         g_BTD, weight_BTk, expert_BTk, gate_up, down)
