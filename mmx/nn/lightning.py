@@ -83,7 +83,7 @@ class LightningAttention(nnx.Module):
         rms = None
         if ops.shares_heads(inference):
             # A token's divisor commutes with the product; their sums over devices go together.
-            rms = out_BTNH, self.norm.eps
+            rms = jnp.square(out_BTNH.astype(jnp.float32)).mean(-1), self.norm.eps
             normed = out_BTNH * self.norm.weight[...].astype(out_BTNH.dtype)
         else:
             normed = self.norm(out_BTNH)

@@ -99,14 +99,13 @@ class MeshOps(Ops):
             if not over:
                 return product(spec, x, weight, None, activation)
             out = product(spec, x, weight, jnp.float32, None)
-            squares = [jnp.square(y.astype(jnp.float32)).sum((2, 3)) for y in values]
+            means = [mean_BTN.sum(2) / rms[0].shape[2] for mean_BTN in values]
             if pieces is None:
-                out, squares = jax.lax.psum((out, squares), over)
+                out, means = jax.lax.psum((out, means), over)
             else:
                 out = sums.keep_piece(out, over, 1, x.dtype, form)
-                squares = [sums.keep_piece(y, over, 1, y.dtype, sums.PIECES) for y in squares]
-            for y_BT in squares:
-                mean_BT = y_BT / math.prod(rms[0].shape[2:])
+                means = [sums.keep_piece(y, over, 1, y.dtype, sums.PIECES) for y in means]
+            for mean_BT in means:
                 out = out * jax.lax.rsqrt(mean_BT + rms[1])[..., None]
             out = out.astype(x.dtype)
             return out if activation is None else activation(out)
@@ -115,8 +114,8 @@ class MeshOps(Ops):
             out = product(spec, x, weight, None, activation)
             return jax.lax.with_sharding_constraint(out, NamedSharding(self.mesh, out_spec))
         values = () if rms is None else rms[:1]
-        return self._island(run, (x_spec, leaf_spec(weight, held), *(x_spec for _ in values)),
-                            summed)(x, weight, *values)
+        in_specs = x_spec, leaf_spec(weight, held), *(P(*x_spec[:3]) for _ in values)
+        return self._island(run, in_specs, summed)(x, weight, *values)
 
     def _pieces(self, x, x_spec, over):
         """How sums over the axes `over` are made, and the entry of time if by pieces of it."""

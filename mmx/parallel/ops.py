@@ -46,8 +46,8 @@ class Ops:
         """`product(spec, x, weight, None, activation)` with x [B, T, ...], `spec` as of einsum.
 
         `logical`: axes of the weight. `inference` allows what is not to be differentiated. `rms`:
-        values [B, T, N, H] and an epsilon; each token's product is divided by their root mean
-        square, where `shares_heads`.
+        mean squares of heads [B, T, N], float32, and an epsilon; each token's product is divided by
+        the root of their mean, where `shares_heads`.
         """
         return product(spec, x, weight, None, activation)
 
