@@ -50,8 +50,8 @@ def test_a_ragged_exchange_sends_what_there_is(tpu):
 
 @pytest.mark.tpu_aot
 def test_the_choice_for_a_long_axis_takes_least(tpu):
-    seconds = [tpu[POD + way]["network_s"] for way in WAYS]
-    assert seconds == sorted(seconds, reverse=True)
+    *others, whole, part = (tpu[POD + way]["network_s"] for way in WAYS)
+    assert part < whole < min(others)
 
 
 @pytest.mark.tpu_aot

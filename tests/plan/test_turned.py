@@ -57,8 +57,8 @@ def test_what_is_turned_meets_the_kernel_for_integers(steps, case):
     if case.endswith("plain") or "prefill" in case:
         assert not products, kernels
     else:
-        # Two of a layer's experts; on one GPU attention's, too: 3 of a lightning layer, else 4.
-        assert products == 4 * 2 + (2 * 3 + 2 * 4 if "h200:1x1" in case else 0), kernels
+        # Two of a layer's experts, and attention's: 3 of a lightning layer, else 4.
+        assert products == 4 * 2 + 2 * 3 + 2 * 4, kernels
 
 
 @pytest.mark.gpu_aot
