@@ -146,7 +146,7 @@ def test_hub_without_network(monkeypatch):
         raise OSError("no route to the hub\nmore")
 
     monkeypatch.setattr(hub, "snapshot_download", refuse)
-    with pytest.raises(UserError, match="'org/name' is no directory.*no route to the hub A hub"):
+    with pytest.raises(UserError, match=r"'org/name' is no directory.*no route to the hub\. A hub"):
         locate("org/name")
 
 

@@ -1,7 +1,19 @@
+import signal
+
 import pytest
 
 from mmx.cli.main import main
 from tests import tiny
+
+
+@pytest.fixture(autouse=True)
+def interrupts():
+    """Ctrl-C is heard, also where the tests run in a shell's background, which ignores it."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
