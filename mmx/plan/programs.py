@@ -19,7 +19,7 @@ from mmx.errors import UserError
 from mmx.parallel.mesh_ops import MeshOps
 from mmx.sharding.rules import REGIMES, Rules, param_shardings
 from pallas_kernels import dispatch, tuning
-from pallas_kernels.attention.api import HOPPER_DECODE
+from pallas_kernels.attention.cudnn_paged import PAGE
 from pallas_kernels.quantized import QuantizedTensor, TurnedTensor
 
 MODES = ("decode", "prefill", "long", "train")
@@ -160,6 +160,17 @@ def share_bytes(tree) -> int:
                for leaf in jax.tree.leaves(tree))
 
 
+def _cut_out(job: Job, memory) -> int:
+    """Bytes of one layer's keys and values that a scan cuts out for cuDNN, as bfloat16 if they are
+    narrower. By pages it reads those of a decode step where they lie, but for shares of them."""
+    k = memory["k"]
+    layers, _, _, slots, _ = k.sharding.shard_shape(k.shape)
+    whole = slots == k.shape[3] and not slots % PAGE and k.dtype == jnp.bfloat16
+    if layers == 1 or job.mode == "decode" and whole:
+        return 0
+    return jnp.dtype("bfloat16").itemsize * share_bytes(memory) // k.dtype.itemsize // layers
+
+
 def _serve(job: Job, ops: MeshOps, params):
     config = job.config
     holders = math.prod(ops.mesh.shape.get(name, 1) for name in job.rules.cache_time)
@@ -173,13 +184,9 @@ def _serve(job: Job, ops: MeshOps, params):
     memories = [memory for stack in cache.stacks for memory in stack]
     states = share_bytes([memory for memory in memories if "state" in memory])
     parts = {"states": states, "keys_values": share_bytes(memories) - states}
-    cuts = job.mode != "decode" or HOPPER_DECODE == "cudnn"
-    if cuts and tuning.hopper() and job.dtype == "bfloat16":
-        # One layer's keys and values of a scan, and as bfloat16 if they are narrower.
-        width = jnp.dtype("bfloat16").itemsize
-        parts["cut_out"] = max((
-            width * share_bytes(memory) // memory["k"].dtype.itemsize // memory["k"].shape[0]
-            for memory in memories if "k" in memory and memory["k"].shape[0] > 1), default=0)
+    if tuning.hopper() and job.dtype == "bfloat16":
+        parts["cut_out"] = max((_cut_out(job, memory) for memory in memories if "k" in memory),
+                               default=0)
 
     def vector(dtype=jnp.int32):
         return jax.ShapeDtypeStruct((job.batch,), dtype, sharding=ops.sharding((job.batch,), None))

@@ -1,14 +1,11 @@
 """Public function of softmax attention and the choice of its implementation."""
 
-from functools import partial
-
 import jax
 
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.attention import (
     cudnn,
     cudnn_paged,
-    mosaic_gpu,
     pallas_tpu,
     reference,
     splash,
@@ -23,22 +20,9 @@ _IMPLEMENTATIONS = {
     "pallas_tpu": pallas_tpu.attention,
     "cudnn": cudnn.attention,
     "cudnn_paged": cudnn_paged.attention,
-    "cudnn_paged_128": partial(cudnn_paged.attention, page=cudnn_paged.SMALL_PAGE),
-    "mosaic_gpu": mosaic_gpu.attention,
 }
-# Forms of one query a row that read it in place, and when they do not; nothing times or compares
-# them unless it names them.
-_ONE_QUERY = {
-    "cudnn_paged": partial(cudnn_paged.refusal, page=None),
-    "cudnn_paged_128": partial(cudnn_paged.refusal, page=cudnn_paged.SMALL_PAGE),
-    "mosaic_gpu": mosaic_gpu.refusal,
-}
-BY_NAME = tuple(_ONE_QUERY)
-# What Hopper takes of them by itself for a stack. On an H100, 64 rows of 8,192 keys and 8 of
-# 65,536: a layer cut out for cuDNN 2.20 and 2.20 ms, a page for a row 0.75 and 0.72, pages of 128
-# slots 0.73 and 0.73 (99 % of the copy), our own kernel 0.75 and 0.75. Shares, whose sums cuDNN
-# gives by pages as well, have not been run: they are cut out.
-HOPPER_DECODE = "cudnn_paged_128"
+# Forms for one query a row: nothing times or compares them unless it names them.
+BY_NAME = ("cudnn_paged",)
 # Forms that read keys and values where they lie in a stack; for others they are cut out.
 _IN_PLACE = ("pallas_tpu", "xla", *BY_NAME)
 _PARTIAL = {
@@ -47,8 +31,6 @@ _PARTIAL = {
     "pallas_tpu": pallas_tpu.partial_attention,
     "cudnn": cudnn.partial_attention,
     "cudnn_paged": cudnn_paged.partial_attention,
-    "cudnn_paged_128": partial(cudnn_paged.partial_attention, page=cudnn_paged.SMALL_PAGE),
-    "mosaic_gpu": mosaic_gpu.partial_attention,
 }
 
 
@@ -76,8 +58,8 @@ def attention(
         within their sample only.
       implementation: "reference" (all scores at once), "xla" (blocks), "splash" (TPU, no offsets),
         "pallas_tpu" (TPU, any offsets, forward only), "cudnn" (NVIDIA, bfloat16, not packed),
-        "cudnn_paged", "cudnn_paged_128" and "mosaic_gpu" (Hopper's, for one query a row at offsets,
-        in place), or None. A CPU interprets the TPU's kernels, slowly. Not to be called with
+        "cudnn_paged" (one query a row at offsets, in place; automatic on Hopper for a stack), or
+        None. A CPU interprets the TPU's kernels, slowly. Not to be called with
         sharded operands outside `jax.shard_map`, where a kernel would have to be split.
 
     Returns:
@@ -124,10 +106,9 @@ def _automatic(q_BTNH, k_BSKH, offsets_B, samples_BT) -> str:
 
 
 def _by_cudnn(q_BTNH, k_BSKH, offsets_B) -> str:
-    stacked = isinstance(k_BSKH, Stacked)
-    if stacked and _ONE_QUERY[HOPPER_DECODE](q_BTNH, k_BSKH, offsets_B, None) is None:
-        return HOPPER_DECODE
-    return "cudnn"
+    """Shares, whose sums cuDNN gives by pages as well, have not been run so: they are cut out."""
+    paged = isinstance(k_BSKH, Stacked) and not cudnn_paged.refusal(q_BTNH, k_BSKH, offsets_B, None)
+    return "cudnn_paged" if paged else "cudnn"
 
 
 def partial_attention(

@@ -284,22 +284,21 @@ def test_cudnn_is_lowered_to_its_calls(lowered, offsets):
     assert "PADDING" in text if offsets else "CAUSAL" in text
 
 
-@pytest.mark.parametrize("page, rows, heads", [(256, B, 2), (128, B * 2, 1)])
-def test_pages_of_a_stack_are_lowered_to_cudnns_call(lowered, page, rows, heads):
+def test_pages_of_a_stack_are_lowered_to_cudnns_call(lowered):
     """The stack itself goes in: nothing is cut out of it."""
     q, k, v = draw(1, 256, "gqa", "bfloat16")
     stacks = [jnp.stack([x.swapaxes(1, 2)] * 3) for x in (k, v)]
-    form = "cudnn_paged" if page == 256 else "cudnn_paged_128"
 
     def decode(q, k, v, r):
         return attention(q, *(Stacked(x, r).swapaxes(1, 2) for x in (k, v)),
-                         offsets_B=jnp.array([255, 3]), implementation=form)
+                         offsets_B=jnp.array([255, 3]), implementation="cudnn_paged")
 
     text = lowered(decode, q, *stacks, jnp.int32(1))
-    N, H, pages = q.shape[2] * B // rows, q.shape[3], 256 // page
-    pool = f"tensor<{3 * rows * pages}x{heads}x{page}x{H}xbf16>"
-    lengths, table = f"tensor<{rows}xi32>", f"tensor<{rows}x1x{pages}x1xi32>"
-    operands = [f"tensor<{rows}x{N}x1x{H}xbf16>", pool, pool, lengths, lengths, table, table]
+    (N, H), K = q.shape[2:], k.shape[2]
+    rows = B * K
+    pool = f"tensor<{3 * rows * 2}x1x128x{H}xbf16>"
+    lengths, table = f"tensor<{rows}xi32>", f"tensor<{rows}x1x2x1xi32>"
+    operands = [f"tensor<{rows}x{N // K}x1x{H}xbf16>", pool, pool, lengths, lengths, table, table]
     assert re.findall(r"cudnn\$fmhaSoftmax.*: \((.*)\) ->", text) == [", ".join(operands)]
     assert "is_paged_attention\\22: true" in text and "dynamic_slice" not in text
 

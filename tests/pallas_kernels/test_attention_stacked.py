@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import attention, partial_attention
-from pallas_kernels.attention import cudnn, cudnn_paged
+from pallas_kernels import attention, dispatch, partial_attention
+from pallas_kernels.attention import api, cudnn, cudnn_paged
 from pallas_kernels.grouped_matmul.stacked import Stacked
 from tests.pallas_kernels import cudnn_stand_in
 from tests.pallas_kernels.test_attention import draw, expected
@@ -55,9 +55,9 @@ def test_a_share_of_a_layer_of_a_stack(form):
                                            phase=1, implementation=form), k, v)
 
 
-@pytest.mark.parametrize("form", ["cudnn_paged", "cudnn_paged_128"])
-def test_pages_are_rows_of_the_stack(form):
+def test_pages_are_read_in_the_stack():
     """Rows of different lengths, one of a single key."""
+    form = "cudnn_paged"
     q, k, v = draw(1, 640, "gqa")
     offsets = (639, 0)
     compare(lambda k, v: attention(q, k, v, offsets_B=jnp.array(offsets), implementation=form),
@@ -73,12 +73,25 @@ def test_pages_are_rows_of_the_stack(form):
 
 def test_what_pages_do_not_take():
     zeros = jnp.zeros(2, jnp.int32)
-    q, k, _ = draw(1, 100, "gqa")
+    q, k, _ = draw(1, 128, "gqa")
     two, narrow = jnp.concatenate([q, q], 1), k.astype(jnp.bfloat16)
-    for form, queries, keys, offsets, sentence in [
-            ("cudnn_paged", two, k, zeros, "takes one query a row, at offsets"),
-            ("cudnn_paged", q, k, None, "takes one query a row, at offsets"),
-            ("cudnn_paged", q, narrow, zeros, "which would be cast whole"),
-            ("cudnn_paged_128", q, k, zeros, "100 slots, which are no whole pages")]:
+    for queries, keys, offsets, sentence in [
+            (two, k, zeros, "takes one query a row, at offsets"),
+            (q, k, None, "takes one query a row, at offsets"),
+            (q, narrow, zeros, "which would be cast whole"),
+            (q, k[:, :100], zeros, "100 slots, which are no whole pages of 128")]:
         with pytest.raises(ValueError, match=sentence):
-            attention(queries, keys, keys, offsets_B=offsets, implementation=form)
+            attention(queries, keys, keys, offsets_B=offsets, implementation="cudnn_paged")
+
+
+def test_hopper_reads_a_stack_by_pages(monkeypatch):
+    """What does not lie in whole pages of a stack, and a share of the keys, are cut out."""
+    monkeypatch.setattr(api.tuning, "hopper", lambda: True)
+    q = jax.ShapeDtypeStruct((1, 1, 4, 128), jnp.bfloat16)
+    alone, ragged = (jax.ShapeDtypeStruct((1, S, 2, 128), jnp.bfloat16) for S in (256, 300))
+    stacked, ragged = (Stacked(jax.ShapeDtypeStruct((3, *x.shape), x.dtype), 0)
+                       for x in (alone, ragged))
+    with dispatch.compiling_for("gpu"):
+        chosen = [api._automatic(q, k, (), None) for k in (stacked, alone, ragged)]
+        assert chosen == ["cudnn_paged", "cudnn", "cudnn"]
+        assert api.partial_form(q, stacked) == "cudnn"
