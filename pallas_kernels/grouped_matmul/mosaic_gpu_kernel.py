@@ -70,6 +70,11 @@ class _Shape:
     interpret: bool
 
     @property
+    def heights(self) -> tuple[int, ...]:
+        """Rows that a warpgroup multiplies: as few as hold its own, of what wgmma takes."""
+        return tuple(range(64, self.half + 1, 64))
+
+    @property
     def chunk(self) -> int:
         """Columns that are laid in shared memory and stored at a time."""
         return min(self.columns, 8192 // self.half)
@@ -239,13 +244,13 @@ class _Block:
                 target = self.x_tma.at[slot, pl.ds(0, size)]
                 plgpu.copy_gmem_to_smem(source, target, full, **shared)
 
-            @pl.when(rows > s.half)
-            def _():
-                load_x(2 * s.half)
+            sizes = (*s.heights, 2 * s.half)
+            for size, fewer in zip(sizes, (0, *sizes), strict=False):
+                last = size == 2 * s.half
 
-            @pl.when(rows <= s.half)
-            def _():
-                load_x(s.half)
+                @pl.when((rows > fewer) if last else (rows > fewer) & (rows <= size))
+                def _(size=size):
+                    load_x(size)
 
     def drain(self, total):
         """Awaits the last releases: no barrier, nor a neighbour's arrival, is left behind."""
@@ -264,14 +269,13 @@ class _Block:
         def slot_of(k):
             return lax.rem(step + k, jnp.int32(s.stages))
 
-        @pl.when(mine > 0)
-        def _():
+        def multiplied(height):
             def products(*accs):
                 @pl.loop(0, steps)
                 def _(k):
                     slot = slot_of(k)
                     plgpu.barrier_wait(refs["full"].at[slot])
-                    left = self.x.at[slot, pl.ds(group * s.half, s.half)]
+                    left = self.x.at[slot, pl.ds(group * s.half, height)]
                     for part, acc in enumerate(accs):
                         right = refs["w_tiles"].at[slot, part]
                         plgpu.wgmma(acc, left, transposed(right) if s.turned else right)
@@ -284,7 +288,7 @@ class _Block:
 
                 return tuple(acc[...] for acc in accs)
 
-            acc = plgpu.ACC((s.half, s.columns), jnp.float32)
+            acc = plgpu.ACC((height, s.columns), jnp.float32)
             sums = pl.run_scoped(products, *[acc] * s.parts)
 
             @pl.when(steps > 0)
@@ -296,6 +300,11 @@ class _Block:
                 out = out / (1 + jnp.exp(-out)) * sums[1]
             self.store(group, out.astype(jnp.bfloat16), start + group * s.half, mine, column)
 
+        for height, fewer in zip(s.heights, (0, *s.heights), strict=False):
+            @pl.when((mine > fewer) & (mine <= height))
+            def _(height=height):
+                multiplied(height)
+
         @pl.when(mine <= 0)
         def _():
             @pl.loop(0, steps)
@@ -305,16 +314,17 @@ class _Block:
 
     def store(self, group, out, start, mine, column):
         """Stores the first `mine` rows: all, or copies of 1, 2, 4, ... rows that sum to them."""
-        s, tile = self.s, self.refs["out_tiles"].at[group]
+        s, height = self.s, out.shape[0]
+        tile = self.refs["out_tiles"].at[group, pl.ds(0, height)]
         for at in range(0, s.columns, s.chunk):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             tile[...] = out[:, at:at + s.chunk]
             plgpu.commit_smem()
-            rows = s.half
+            rows = height
             while rows:
                 @pl.when(mine & rows != 0)
                 def _(rows=rows, at=at):
-                    before = mine - mine % (2 * rows) if rows < s.half else 0
+                    before = mine - mine % (2 * rows) if rows < height else 0
                     plgpu.copy_smem_to_gmem(
                         tile.at[pl.ds(before, rows)],
                         self.refs["out"].at[pl.ds(start + before, rows),

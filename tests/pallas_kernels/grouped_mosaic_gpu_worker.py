@@ -30,7 +30,7 @@ SMALL = {  # name -> M, group sizes, D, F, config, inside a stack
     "full": (256, (128, 128), 128, 256, Config(blocks=2, stages=2), False),
     "nothing": (64, (0, 0), 64, 256, Config(blocks=2), False),
     "few_rows": (3, (1, 2), 64, 256, Config(blocks=1), False),
-    "wide_rows": (400, (300, 61), 64, 128, Config(rows=256, columns=64, blocks=2), False),
+    "wide_rows": (700, (300, 61, 190, 100), 64, 128, Config(rows=256, columns=64, blocks=2), False),
     "in_stack": (140, (0, 139), 128, 256, Config(blocks=2, stages=3), True),
     "blocks_of_tiles": (520, (390, 130), 64, 256,
                         Config(columns=128, blocks=3, together=2), False),
