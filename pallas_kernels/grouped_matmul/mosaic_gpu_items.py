@@ -4,16 +4,21 @@ import jax
 import jax.numpy as jnp
 
 
-def items_of(group_sizes_E: jax.Array, M: int, rows: int, bands: int, together: int, rest: bool):
+def items_of(group_sizes_E: jax.Array, M: int, rows: int, bands: int, together: int, rest: bool,
+             unit: int = 64, programs: int = 132):
     """Every tile of every group, in the order in which they run.
 
     The order: groups; within one, blocks of up to `together` row tiles; within one, bands of
     columns; within one, row tiles. So what runs at the same time shares weights and rows in L2.
+    A group's tiles differ by a unit at most, and a program, which takes every `programs`th item,
+    gets each of a block's tiles in turn: programs that fall behind or run ahead share nothing, and
+    the last one ends late.
 
     Args:
       group_sizes_E: int32 rows per group.
       rows: most rows of a tile; bands: tiles along the columns.
       rest: also list the rows beyond the groups, as group E.
+      unit: rows that are multiplied at once; a tile has whole ones, but a group's last.
 
     Returns:
       int32 [4 * most items], four numbers each (group, first row, rows, band), and their int32
@@ -42,8 +47,12 @@ def items_of(group_sizes_E: jax.Array, M: int, rows: int, bands: int, together: 
     block = local // (together * bands)
     within = local - block * (together * bands)
     width = jnp.clip(own_tiles - block * together, 1, together)
-    tile = block * together + within % width
-    items = jnp.stack([
-        group, own(ends - sizes) + tile * rows, jnp.clip(own_size - tile * rows, 0, rows),
-        within // width], axis=1)
+    turn = (t - within % width) // programs
+    tile = block * together + (within + turn) % width
+    units = (own_size + (unit - 1)) // unit
+    each, longer = units // own_tiles, units % own_tiles
+    first = (tile * each + jnp.minimum(tile, longer)) * unit
+    height = jnp.minimum((each + (tile < longer)) * unit, own_size - first)
+    items = jnp.stack([group, own(ends - sizes) + first, jnp.maximum(height, 0), within // width],
+                      axis=1)
     return items.reshape(-1), item_ends[-1]

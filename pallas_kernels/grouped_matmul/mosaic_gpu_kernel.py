@@ -26,6 +26,7 @@ from pallas_kernels.lightning_attention.mosaic_gpu_block import transposed
 from pallas_kernels.once import once
 
 K = 64  # inner columns of a tile: 128 bytes, the widest swizzle
+_UNIT = 64  # rows that the matrix unit takes at once
 _TILES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 # The same bytes as rows one by one, so that TMA takes any first row and any number of rows.
 _ROWS = (plgpu.TilingTransform((1, 64)), plgpu.SwizzleTransform(128))
@@ -41,7 +42,9 @@ class Config:
         number of products (2 for gate and up) is at most 32,768: the accumulators' registers.
       stages: depth of the ring of loaded tiles.
       together: row tiles of a group that run next to each other over the same columns.
-      cluster: 2 lets two neighbouring blocks take neighbouring bands and load x once for both.
+      cluster: 2 lets two neighbouring blocks load once what both need: `shared`.
+      shared: "x", and they take neighbouring bands; or "w", and they take neighbouring rows, up to
+        twice `rows` of them.
       blocks: how many blocks run; an H200 has 132 multiprocessors.
     """
 
@@ -50,6 +53,7 @@ class Config:
     stages: int = 4
     together: int = 16
     cluster: int = 1
+    shared: str = "x"
     blocks: int = 132
 
 
@@ -65,6 +69,7 @@ class _Shape:
     columns: int
     stages: int
     cluster: int
+    shared: str
     programs: int
     turned: bool  # each matrix lies [F, D]
     interpret: bool
@@ -72,7 +77,7 @@ class _Shape:
     @property
     def heights(self) -> tuple[int, ...]:
         """Rows that a warpgroup multiplies: as few as hold its own, of what wgmma takes."""
-        return tuple(range(64, self.half + 1, 64))
+        return tuple(range(_UNIT, self.half + 1, _UNIT))
 
     @property
     def chunk(self) -> int:
@@ -103,14 +108,16 @@ def _run(x_MD, weight, group_sizes_E, parts, config, interpret, turned):
     if config is None:
         config = Config(**(tiles.listed("hopper", x_MD.shape[0], D, parts * F) or {}))
     columns = config.columns or 32768 // (config.rows * parts)
-    if config.columns is None and F % (columns * config.cluster):
-        columns = 64 * (1 + (F % (128 * config.cluster) == 0))
+    taller = config.cluster if config.shared == "w" else 1
+    wider = config.cluster // taller
+    if config.columns is None and F % (columns * wider):
+        columns = 64 * (1 + (F % (128 * wider) == 0))
     if scale is not None or x_MD.dtype != jnp.bfloat16 or values.dtype != jnp.bfloat16:
         raise ValueError(f"the Mosaic GPU kernel takes bfloat16; got x of {x_MD.dtype} and w of "
                          f"{values.dtype}. Cast them, or pass None.")
-    if D % K or F % (columns * config.cluster):
+    if D % K or F % (columns * wider):
         raise ValueError(f"the Mosaic GPU kernel got matrices of {(D, F)}. It takes multiples of "
-                         f"{(K, columns * config.cluster)} with {config}; pass None.")
+                         f"{(K, columns * wider)} with {config}; pass None.")
     if (config.rows not in (128, 256) or columns not in (64, 128, 256) or config.stages < 2
             or config.rows * columns * parts > 32768):
         raise ValueError(f"{config} does not fit: rows are 128 or 256, columns 64, 128 or 256, "
@@ -118,10 +125,11 @@ def _run(x_MD, weight, group_sizes_E, parts, config, interpret, turned):
     rows_M, half = x_MD.shape[0], config.rows // 2
     x_MD = jnp.pad(x_MD, ((0, max(config.rows - rows_M, 0)), (0, 0)))  # a TMA box fits its tensor
     M = x_MD.shape[0]
-    s = _Shape(parts, E, D, F, half, columns, config.stages, config.cluster,
-               max(config.blocks // config.cluster, 1), turned, bool(interpret))
-    items, count = items_of(group_sizes_E, M, config.rows, F // (columns * config.cluster),
-                            config.together, rest=parts == 1)
+    programs = max(config.blocks // config.cluster, 1)
+    s = _Shape(parts, E, D, F, half, columns, config.stages, config.cluster, config.shared,
+               programs, turned, bool(interpret))
+    items, count = items_of(group_sizes_E, M, config.rows * taller, F // (columns * wider),
+                            config.together, parts == 1, _UNIT * taller, programs)
     header = jnp.concatenate([count.reshape(1), layer_1])
     rows_of_all = values.reshape(-1, E * matrix[0], matrix[1])
     out_MF = _call(s, header, items, x_MD, rows_of_all, interpret=interpret)
@@ -210,7 +218,15 @@ class _Block:
             at = self.program + i * s.programs
             expert, start, rows, band = (items[at * 4 + field] for field in range(4))
             if s.cluster > 1:
-                band = band * s.cluster + lax.axis_index("cluster")
+                place = lax.axis_index("cluster")
+                if s.shared == "x":
+                    band = band * s.cluster + place
+                else:
+                    share = lax.div(rows + (_UNIT * s.cluster - 1), jnp.int32(_UNIT * s.cluster))
+                    before = jnp.minimum(place * share * _UNIT, rows)
+                    rows = jnp.minimum(rows - before, share * _UNIT)
+                    # A block without rows loads some that it does not use.
+                    start = start + jnp.where(rows > 0, before, 0)
             # Rows of no group: nothing is multiplied, and the zeros are stored.
             steps = jnp.where(expert < s.E, s.D // K, 0)
             visit((expert, start, rows, band * s.columns, steps), step)
@@ -221,7 +237,8 @@ class _Block:
     def load(self, item, step):
         s, refs = self.s, self.refs
         expert, start, rows, column, steps = item
-        shared = dict(collective_axes="cluster") if s.cluster > 1 else {}
+        both = {name: dict(collective_axes="cluster") if s.cluster > 1 and s.shared == name else {}
+                for name in "xw"}
         parts = pl.ds(self.layer * s.parts, s.parts)
 
         @pl.loop(0, steps)
@@ -237,15 +254,15 @@ class _Block:
             (row, rows_of_tile), (at, width) = _turn(s, (k * K, K), (column, s.columns))
             first = expert * (s.F if s.turned else s.D) + row
             source = refs["w"].at[parts, pl.ds(first, rows_of_tile), pl.ds(at, width)]
-            plgpu.copy_gmem_to_smem(source, refs["w_tiles"].at[slot], full)
+            plgpu.copy_gmem_to_smem(source, refs["w_tiles"].at[slot], full, **both["w"])
 
             def load_x(size):
                 source = refs["x"].at[pl.ds(start, size), pl.ds(k * K, K)]
                 target = self.x_tma.at[slot, pl.ds(0, size)]
-                plgpu.copy_gmem_to_smem(source, target, full, **shared)
+                plgpu.copy_gmem_to_smem(source, target, full, **both["x"])
 
             sizes = (*s.heights, 2 * s.half)
-            for size, fewer in zip(sizes, (0, *sizes), strict=False):
+            for size, fewer in zip(sizes, (-1, *sizes), strict=False):
                 last = size == 2 * s.half
 
                 @pl.when((rows > fewer) if last else (rows > fewer) & (rows <= size))

@@ -35,6 +35,8 @@ SMALL = {  # name -> M, group sizes, D, F, config, inside a stack
     "blocks_of_tiles": (520, (390, 130), 64, 256,
                         Config(columns=128, blocks=3, together=2), False),
     "cluster": (200, (70, 129), 128, 256, Config(columns=128, blocks=2, cluster=2), False),
+    "cluster_rows": (700, (3, 390, 0, 270, 30), 64, 256,
+                     Config(rows=256, columns=64, blocks=4, cluster=2, shared="w"), False),
     # Each matrix lies [F, D].
     "turned": (140, (1, 138), 192, 256, Config(columns=128, blocks=2, stages=3), True),
     "turned_cluster": (200, (70, 129), 128, 256, Config(columns=128, blocks=2, cluster=2), False),
@@ -110,6 +112,7 @@ REAL = {  # kind/rows -> config; the model's widths, a stack of two layers
     "default": None,
     "three_stages": Config(stages=3),
     "cluster": Config(cluster=2),
+    "cluster_rows": Config(rows=256, cluster=2, shared="w"),
     "wide_rows": Config(rows=256),
     "narrow": Config(columns=128, stages=5),
 }

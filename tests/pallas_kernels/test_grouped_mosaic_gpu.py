@@ -16,11 +16,12 @@ from tests.pallas_kernels import hopper
 from tests.tolerances import bound
 
 NAMES = ("ragged", "full", "nothing", "few_rows", "wide_rows", "in_stack", "blocks_of_tiles",
-         "cluster")
+         "cluster", "cluster_rows")
 INTERPRETED = [*(f"{kind}/{name}" for kind in ("matmul", "swiglu") for name in NAMES),
                "matmul/turned", "matmul/turned_cluster", "gradient/matmul", "gradient/swiglu"]
 COMPILED = ["matmul/4096/public", "swiglu/4096/public", "matmul/32768/cluster",
-            "swiglu/32768/cluster", "matmul/32768/wide_rows", "swiglu/32768/wide_rows"]
+            "swiglu/32768/cluster", "matmul/32768/cluster_rows", "swiglu/32768/cluster_rows",
+            "matmul/32768/wide_rows", "swiglu/32768/wide_rows"]
 INT8 = ["matmul/32768/int8", "swiglu/32768/int8"]
 work = partial(hopper.work, "grouped_mosaic_gpu_worker")
 
@@ -69,10 +70,11 @@ def test_turned_int8_is_cast_once_as_it_lies(compiled, case):
 
 
 @pytest.mark.parametrize("rest", (False, True))
+@pytest.mark.parametrize("unit, programs", [(64, 132), (128, 3)])
 @pytest.mark.parametrize("sizes", [(0, 0, 0), (5, 0, 300), (256, 1, 127), (0, 700, 0)], ids=str)
-def test_items_cover_every_row_and_band_once(sizes, rest):
-    M, rows, bands = 700, 128, 3
-    items, count = items_of(jnp.array(sizes, jnp.int32), M, rows, bands, 2, rest)
+def test_items_cover_every_row_and_band_once(sizes, rest, unit, programs):
+    M, rows, bands = 700, 128 * (1 + (unit > 64)), 3
+    items, count = items_of(jnp.array(sizes, jnp.int32), M, rows, bands, 2, rest, unit, programs)
     seen = np.zeros((M, bands), int)
     group_of_row = np.repeat(np.arange(4), [*sizes, M - sum(sizes)])
     listed = np.asarray(items).reshape(-1, 4)
