@@ -34,9 +34,11 @@ from pallas_kernels.grouped_matmul.mosaic_gpu_kernel import Config  # noqa: E402
 from pallas_kernels.grouped_matmul.stacked import Stacked  # noqa: E402
 
 E, D, F, LIMIT = 32, 6144, 9216, 4e-3
-OURS = {"default": Config(), "cluster": Config(cluster=2), "256 rows": Config(rows=256),
-        "together 4": Config(together=4), "cluster, together 4": Config(cluster=2, together=4),
-        "3 stages": Config(stages=3)}
+OURS = {"listed": None, "256 rows": Config(rows=256),
+        "256 rows, x shared": Config(rows=256, cluster=2),
+        "256 rows, w shared": Config(rows=256, cluster=2, shared="w"),
+        "128 rows": Config(), "128 rows, 3 stages": Config(stages=3),
+        "128 rows, w shared": Config(cluster=2, shared="w")}
 CORE = 2  # how many of ours are timed first, everywhere
 
 
@@ -172,8 +174,7 @@ def check(run):
         x, key = draw(jax.random.key(M), (M, 256), 1.0), jax.random.key(1)
         w = draw(key, (2, 2, len(sizes), 256, 1024), 1 / 16)
         for config_name, config in OURS.items():
-            if config_name not in ("default", "cluster", "256 rows") or (
-                    config_name != "default" and name != "ragged"):
+            if config_name != "128 rows" and name != "ragged":
                 continue
             for parts in (1, 2):
                 case = f"{name}, {config_name}, {parts} products"
@@ -203,7 +204,7 @@ def at_width(run, checking, timing):
     if checking:
         sizes = skewed(4096)
         sizes[3], sizes[4] = 0, sizes[4] - 5
-        for name in ("default", "cluster"):
+        for name in ("256 rows", "256 rows, w shared"):
             for parts, w in ((2, up), (1, down[None])):
                 x = draw(jax.random.key(2), (4096, w.shape[-2]), 1.0)
                 run.attempt("width", compare, run, f"model's width, {name}, {parts} products",

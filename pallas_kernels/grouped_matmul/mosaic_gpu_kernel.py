@@ -75,6 +75,15 @@ class _Shape:
     interpret: bool
 
     @property
+    def width(self) -> int:
+        """Columns that are multiplied at once.
+
+        Gate's and up's lie in shared memory side by side, as those of one matrix: apart, 64 and 64,
+        the matrix unit reads x twice and waits for shared memory.
+        """
+        return self.parts * self.columns
+
+    @property
     def heights(self) -> tuple[int, ...]:
         """Rows that a warpgroup multiplies: as few as hold its own, of what wgmma takes."""
         return tuple(range(_UNIT, self.half + 1, _UNIT))
@@ -132,6 +141,8 @@ def _run(x_MD, weight, group_sizes_E, parts, config, interpret, turned):
                             config.together, parts == 1, _UNIT * taller, programs)
     header = jnp.concatenate([count.reshape(1), layer_1])
     rows_of_all = values.reshape(-1, E * matrix[0], matrix[1])
+    if parts == 2 and not interpret:
+        rows_of_all = rows_of_all.reshape(-1, E * D // 8, 8, F)
     out_MF = _call(s, header, items, x_MD, rows_of_all, interpret=interpret)
     return out_MF[:rows_M]
 
@@ -143,6 +154,11 @@ def _call(s: _Shape, header, items, x_MD, w, *, interpret):
     if not interpret:  # the interpreter moves logical arrays
         x_tiles = plgpu.RefUnion(
             x_tiles, plgpu.SMEM((s.stages, 2 * s.half, K), bf16, transforms=_ROWS))
+    w_tiles = plgpu.SMEM((s.stages, *_turn(s, K, s.width)), bf16, transforms=_TILES)
+    if s.parts == 2 and not interpret:
+        # The same bytes as TMA brings them: of 8 rows gate's columns, then up's.
+        w_tiles = plgpu.RefUnion(w_tiles, plgpu.SMEM(
+            (s.stages, K // 8, s.parts, 8, s.columns), bf16, transforms=_TILES))
     if s.cluster > 1:
         empty = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2,
                                      num_barriers=s.stages)
@@ -161,11 +177,11 @@ def _call(s: _Shape, header, items, x_MD, w, *, interpret):
         out_type=jax.ShapeDtypeStruct((x_MD.shape[0], s.F), bf16),
         scratch_types={
             "x_tiles": x_tiles,
-            "w_tiles": plgpu.SMEM((s.stages, s.parts, *_turn(s, K, s.columns)), bf16,
-                                  transforms=_TILES),
+            "w_tiles": w_tiles,
             # Without a layout of ours: a store may begin and end at any row.
             "out_tiles": plgpu.SMEM((2, s.half, s.chunk), bf16),
-            "full": plgpu.Barrier(num_arrivals=2, num_barriers=s.stages),
+            "full": plgpu.Barrier(num_arrivals=2 + bool(s.parts == 2 and interpret),
+                                  num_barriers=s.stages),
             "empty": empty,
         },
         grid=(s.programs,), grid_names=("program",), **cluster,
@@ -190,8 +206,11 @@ class _Block:
     def __init__(self, s: _Shape, refs: dict):
         self.s, self.refs = s, refs
         self.x = self.x_tma = refs["x_tiles"]
+        self.w = self.w_tma = refs["w_tiles"]
         if not s.interpret:
             self.x, self.x_tma = refs["x_tiles"]
+            if s.parts == 2:
+                self.w, self.w_tma = refs["w_tiles"]
         self.program = lax.axis_index("program")
         self.count, self.layer = refs["header"][0], refs["header"][1]
 
@@ -239,7 +258,6 @@ class _Block:
         expert, start, rows, column, steps = item
         both = {name: dict(collective_axes="cluster") if s.cluster > 1 and s.shared == name else {}
                 for name in "xw"}
-        parts = pl.ds(self.layer * s.parts, s.parts)
 
         @pl.loop(0, steps)
         def _(k):
@@ -251,10 +269,8 @@ class _Block:
                 plgpu.barrier_wait(refs["empty"].at[slot])
 
             # One copy for each operand: every thread of the warpgroup arrives for every copy.
-            (row, rows_of_tile), (at, width) = _turn(s, (k * K, K), (column, s.columns))
-            first = expert * (s.F if s.turned else s.D) + row
-            source = refs["w"].at[parts, pl.ds(first, rows_of_tile), pl.ds(at, width)]
-            plgpu.copy_gmem_to_smem(source, refs["w_tiles"].at[slot], full, **both["w"])
+            for source, target in self.weights(expert, k, column, slot):
+                plgpu.copy_gmem_to_smem(source, target, full, **both["w"])
 
             def load_x(size):
                 source = refs["x"].at[pl.ds(start, size), pl.ds(k * K, K)]
@@ -268,6 +284,22 @@ class _Block:
                 @pl.when((rows > fewer) if last else (rows > fewer) & (rows <= size))
                 def _(size=size):
                     load_x(size)
+
+    def weights(self, expert, k, column, slot):
+        """Pairs of weights in memory and where they go."""
+        s, w, target = self.s, self.refs["w"], self.w_tma.at[slot]
+        columns = pl.ds(column, s.columns)
+        if s.parts == 1:
+            (row, rows), (at, width) = _turn(s, (k * K, K), (column, s.columns))
+            first = expert * (s.F if s.turned else s.D) + row
+            return [(w.at[self.layer, pl.ds(first, rows), pl.ds(at, width)], target)]
+        if s.interpret:  # whose tiles have no other shape
+            rows = pl.ds(expert * s.D + k * K, K)
+            return [(w.at[self.layer * 2 + part, rows, columns],
+                     target.at[:, pl.ds(part * s.columns, s.columns)]) for part in range(2)]
+        eighths = pl.ds(expert * (s.D // 8) + k * (K // 8), K // 8)
+        source = w.at[pl.ds(self.layer * 2, 2), eighths, :, columns]
+        return [(source, plgpu.transpose_ref(target, (1, 0, 2, 3)))]
 
     def drain(self, total):
         """Awaits the last releases: no barrier, nor a neighbour's arrival, is left behind."""
@@ -287,34 +319,32 @@ class _Block:
             return lax.rem(step + k, jnp.int32(s.stages))
 
         def multiplied(height):
-            def products(*accs):
+            def products(acc):
                 @pl.loop(0, steps)
                 def _(k):
                     slot = slot_of(k)
                     plgpu.barrier_wait(refs["full"].at[slot])
                     left = self.x.at[slot, pl.ds(group * s.half, height)]
-                    for part, acc in enumerate(accs):
-                        right = refs["w_tiles"].at[slot, part]
-                        plgpu.wgmma(acc, left, transposed(right) if s.turned else right)
+                    right = self.w.at[slot]
+                    plgpu.wgmma(acc, left, transposed(right) if s.turned else right)
                     # The step before is done: its tiles may go while this one still runs.
-                    plgpu.wgmma_wait(s.parts)
+                    plgpu.wgmma_wait(1)
 
                     @pl.when(k > 0)
                     def _():
                         plgpu.barrier_arrive(refs["empty"].at[slot_of(k - 1)])
 
-                return tuple(acc[...] for acc in accs)
+                return acc[...]
 
-            acc = plgpu.ACC((height, s.columns), jnp.float32)
-            sums = pl.run_scoped(products, *[acc] * s.parts)
+            out = pl.run_scoped(products, plgpu.ACC((height, s.width), jnp.float32))
 
             @pl.when(steps > 0)
             def _():
                 plgpu.barrier_arrive(refs["empty"].at[slot_of(steps - 1)])
 
-            out = sums[0]
             if s.parts == 2:
-                out = out / (1 + jnp.exp(-out)) * sums[1]
+                gate, up = out[:, :s.columns], out[:, s.columns:]
+                out = gate / (1 + jnp.exp(-gate)) * up
             self.store(group, out.astype(jnp.bfloat16), start + group * s.half, mine, column)
 
         for height, fewer in zip(s.heights, (0, *s.heights), strict=False):
