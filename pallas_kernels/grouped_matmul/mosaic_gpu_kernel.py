@@ -115,7 +115,8 @@ def _run(x_MD, weight, group_sizes_E, parts, config, interpret, turned):
     E, *matrix = values.shape[-3:]
     D, F = matrix[::-1] if turned else matrix
     if config is None:
-        config = Config(**(tiles.listed("hopper", x_MD.shape[0], D, parts * F) or {}))
+        # Listed for 32 groups: their mean size counts.
+        config = Config(**tiles.listed("hopper", x_MD.shape[0] * 32 // E, D, parts * F))
     columns = config.columns or 32768 // (config.rows * parts)
     taller = config.cluster if config.shared == "w" else 1
     wider = config.cluster // taller

@@ -11,11 +11,13 @@ LANES = 128
 def listed(kernel: str, rows: int, inner: int, columns: int):
     """Returns what the table says of `kernel` for a product [rows, inner] x [inner, columns].
 
-    An entry holds from its `from_rows` on, the last one that does counts; None without one.
+    An entry holds from its `from_rows` on, the last one that does counts; what is listed as "other"
+    holds for any shape that is not. None without one.
     """
     table = tuning.table(_FILE)[kernel]
     for name in (tuning.chip(), "any"):
-        entries = table.get(name, {}).get(f"{inner}x{columns}", ())
+        shapes = table.get(name, {})
+        entries = shapes.get(f"{inner}x{columns}", shapes.get("other", ()))
         fitting = [entry for entry in entries if rows >= entry["from_rows"]]
         if fitting:
             return {key: size for key, size in fitting[-1].items() if key != "from_rows"}
