@@ -54,7 +54,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--prompts", default="8192,65536,262144", help="tokens of prompts [%(default)s]")
     add("--batches", default="1,16,64", help="rows that decode together [%(default)s]")
     add("--contexts", default="1024,65536", help="tokens before decoding [%(default)s]")
-    add("--chunk", type=int, default=32768, help="tokens prefilled at once [%(default)s]")
+    add("--chunk", type=int, default=65536, help="tokens prefilled at once [%(default)s]")
     add("--long", type=int, default=0, help="tokens of a prompt also continued; 0 for none [0]")
     add("--seconds", type=float, default=500, help="for everything [%(default)s]")
     add("--seed", type=int, default=0)
@@ -148,6 +148,11 @@ class Bench:
                 self.row(job, "No time was left.")
                 continue
             try:
+                if (needed := model.planned(job).get("planned_bytes", 0)) > self.limit:
+                    # Not tried out: one device that runs out of memory leaves the others waiting.
+                    self.row(job, f"It needs {needed / 2**30:.1f} GiB of each device, which has "
+                             f"{self.limit / 2**30:.1f}.", planned_bytes=needed)
+                    continue
                 timing, found = model.run(job, time.monotonic() + share / 2, collectives.traced,
                                           then)
             except Exception as error:
@@ -167,8 +172,7 @@ class Bench:
     def _largest(self, model: Model, temporaries: int) -> None:
         """The longest context of one row that the compiler's count says fits.
 
-        A guess by arithmetic, corrected by what its program needs. Not tried out: memory that runs
-        out on one of several devices leaves the others waiting.
+        A guess by arithmetic, corrected by what its program needs. Not tried out.
         """
         one, two = (cache_bytes(self.config, 1, size, self.dtype) for size in (1024, 2048))
         tensor = self.mesh.shape.get("tensor", 1)
