@@ -288,8 +288,8 @@ def _run(config, params, ids_BT, tokens, memories, dtype, remat, ops: Ops):
 def _run_stack(config, stack: Stack, params, slopes_RPN, x, memory, tokens, remat, ops: Ops):
     """Runs one stack; memory (if any) is carried whole and updated in place at each repeat.
 
-    States are cut out for their layer and put back. Keys and values are not, as a rule: a layer
-    gets their stack and its place in it.
+    Keys and values are not cut out for their layer and put back, as a rule, nor, where
+    `ops.keeps_states`, are states: a layer gets their stack and its place in it.
     """
 
     def block(kind, narrow, leaves, slopes_N, x, layer_memory):
@@ -332,14 +332,16 @@ def _run_stack(config, stack: Stack, params, slopes_RPN, x, memory, tokens, rema
                 and (path.endswith(("moe/gate_up", "moe/down")) or isinstance(leaf, TurnedTensor))}
     params = {path: leaf for path, leaf in params.items() if path not in in_place}
 
+    keeps = ops.keeps_states(x.shape[1], x.dtype, config.head_dim)
+
     def body(carry, inputs):
         x, memory = carry
         r, leaves, slopes_PN = inputs
         leaves = {**leaves, **{path: Stacked(leaf, r) for path, leaf in in_place.items()}}
         held = None
         if memory is not None:
-            held = tuple({name: _of_repeat(name, leaf, r) for name, leaf in one.items()}
-                         for one in memory)
+            held = tuple({name: _of_repeat(leaf, r, name != "state" or keeps)
+                          for name, leaf in one.items()} for one in memory)
         x, new, stats = repeat(x, leaves, slopes_PN, held)
         if memory is not None:
             memory = jax.tree.map(
@@ -352,10 +354,10 @@ def _run_stack(config, stack: Stack, params, slopes_RPN, x, memory, tokens, rema
     return x, memory, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats)
 
 
-def _of_repeat(name: str, leaf, r):
+def _of_repeat(leaf, r, stays: bool):
     # To write a few narrow numbers, or to read some in a loop, XLA for CPUs casts all there are.
     wide = dispatch.platform() != "cpu" or leaf.dtype.itemsize > 2
-    if name != "state" and wide:
+    if stays and wide:
         return Stacked(leaf, r)
     return jax.lax.dynamic_index_in_dim(leaf, r, keepdims=False)
 

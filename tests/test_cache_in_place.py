@@ -1,4 +1,6 @@
-"""A step's programs hold no copy of a layer's keys and values, for devices that are not here.
+"""A step's programs hold no copy of a layer's cache, for devices that are not here.
+
+Of states a GPU's decode steps hold none; a prompt's chunks and TPUs cut a layer's out.
 
 Run as a module it compiles for the pods with their meshes that are its arguments, as in
 `v6e:2x2/expert=2,tensor=2`, and prints what it finds.
@@ -80,6 +82,8 @@ def check(found, pods):
     for pod, modes in found.items():
         for mode, one in modes.items():
             assert one["made"] == [], (pod, mode)
+            if pod in GPUS and mode == "decode":
+                assert one["states"] == [], pod
             assert one["written"] == 2, (pod, mode)
             assert one["growth"] < one["layer"] // 8, (pod, mode)
             # What cuDNN, which is not in these programs, gets cut out: all but a decode step's keys
@@ -120,8 +124,12 @@ def main(arguments):
             (half, _), (program, memory) = step(CONTEXT // 2), step(CONTEXT)
             small, large = (one.memory_analysis().temp_size_in_bytes for one in (half, program))
             layer = memory.keys_values // 8  # of keys, or of values
-            made, written = [], 0
+            made, written, states = [], 0, []
             for line in program.as_text().splitlines():
+                held = re.match(r" +(?:ROOT )?%\S+ = f32\[([\d,]*),128,128\]\S* (copy|copy-start"
+                                r"|fusion|dynamic-slice|dynamic-update-slice)\(", line)
+                if held:
+                    states.append(line[:200])
                 found = re.match(r" +(?:ROOT )?%(\S+) = bf16\[([\d,]+)\]\S* (copy|copy-start|fusion"
                                  r"|dynamic-slice|dynamic-update-slice|transpose)\(", line)
                 if found and 2 * np.prod([int(n) for n in found[2].split(",")]) >= layer:
@@ -130,7 +138,7 @@ def main(arguments):
                     else:
                         made.append(line[:200])
             report[argument][mode] = {"made": made, "written": written, "layer": layer,
-                                      "growth": large - small,
+                                      "states": states, "growth": large - small,
                                       "besides": memory.temporaries - large}
     print(json.dumps(report))
 

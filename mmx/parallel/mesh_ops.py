@@ -160,6 +160,8 @@ class MeshOps(Ops):
     def lightning(self, q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT, lengths_B):
         x = self.spec(q_BTNH.shape, "batch", "time", "heads", None)
         state = self.spec(state_BNHH.shape, "batch", "heads", None, None)
+        if isinstance(state_BNHH, Stacked):
+            state = Stacked(P(None, *state), P())
         axis = self._time(q_BTNH)
         if axis:
             kernel = partial(lasp.lightning_attention, axis=axis,
@@ -168,6 +170,8 @@ class MeshOps(Ops):
             kernel = lightning_attention
 
         def run(q, k, v, slopes_N, state, starts_BT, lengths_B):
+            if isinstance(state, Stacked):
+                return Ops.lightning(self, q, k, v, slopes_N, state, starts_BT, lengths_B)
             return kernel(q, k, v, slopes_N, state, starts_BT=starts_BT, lengths_B=lengths_B,
                           implementation=self.names.get("lightning"))
 

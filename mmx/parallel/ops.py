@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from mmx.parallel.capacity import within
 from pallas_kernels import attention, lightning_attention
 from pallas_kernels.grouped_matmul.stacked import Stacked
+from pallas_kernels.lightning_attention.decode import decodes_in_stack, lightning_decode_stacked
 
 NO_CHOICE: Mapping[str, str] = {}
 
@@ -60,10 +61,20 @@ class Ops:
         return kv_heads
 
     def lightning(self, q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT, lengths_B):
-        """As `pallas_kernels.lightning_attention`."""
+        """As `pallas_kernels.lightning_attention`.
+
+        The state of a single token may be a `Stacked`, which is updated in place.
+        """
+        if isinstance(state_BNHH, Stacked):
+            return lightning_decode_stacked(
+                q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, lengths_B)
         return lightning_attention(
             q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, starts_BT=starts_BT,
             lengths_B=lengths_B, implementation=self.names.get("lightning"))
+
+    def keeps_states(self, T: int, dtype, H: int) -> bool:
+        """Whether `lightning` takes states inside the stack of all layers for T tokens a row."""
+        return T == 1 and "lightning" not in self.names and decodes_in_stack(dtype, H)
 
     def attention(self, q_BTNH, k_BTKH, v_BTKH, samples_BT):
         """Attention among the given tokens."""

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from pallas_kernels import dispatch, tuning
+from pallas_kernels.grouped_matmul.stacked import Stacked
 
 
 def lightning_decode(
@@ -44,6 +45,55 @@ def lightning_decode(
 def takes_hopper_kernels(dtype, H: int) -> bool:
     """Whether programs traced now run on a Hopper GPU, whose kernels take such heads."""
     return tuning.hopper() and dtype == jnp.bfloat16 and H in (64, 128)
+
+
+def decodes_in_stack(dtype, H: int) -> bool:
+    """Whether `lightning_decode_stacked` takes such heads where programs traced now run."""
+    if not takes_hopper_kernels(dtype, H):
+        return False
+    from pallas_kernels.lightning_attention import mosaic_gpu_decode
+
+    return mosaic_gpu_decode.AVAILABLE
+
+
+def lightning_decode_stacked(
+    q_B1NH: jax.Array,
+    k_B1NH: jax.Array,
+    v_B1NH: jax.Array,
+    slopes_N: jax.Array,
+    states: Stacked,
+    lengths_B: jax.Array | None = None,
+    *,
+    interpret=False,
+) -> tuple[jax.Array, Stacked]:
+    """One step of a layer whose states lie in the stack of all layers, where they are updated.
+
+    Cut out of the stack and put back by XLA, a state is read and written twice in a step.
+
+    Args:
+      q_B1NH, k_B1NH, v_B1NH, slopes_N: as in `lightning_decode`; bfloat16.
+      states: float32 [R, B, N, H, H] and the layer's place; donate them.
+      lengths_B: rows of 0 are inert: their states stay, their outputs are zero.
+
+    Returns:
+      Output [B, 1, N, H] and the stack with the layer's states one token on.
+
+    Raises:
+      ValueError: where `decodes_in_stack` is false.
+    """
+    from pallas_kernels.lightning_attention import mosaic_gpu_decode
+
+    if dispatch.platform() != "gpu" and not interpret:
+        raise ValueError("lightning_decode_stacked runs on NVIDIA GPUs of the Hopper generation; "
+                         f"this is a {dispatch.platform()}. Pass the layer's own states.")
+    B = q_B1NH.shape[0]
+    pool = states.whole.reshape(-1, *states.shape[1:])
+    slots_B = states.index * B + jnp.arange(B, dtype=jnp.int32)
+    if lengths_B is not None:
+        slots_B = jnp.where(lengths_B > 0, slots_B, -1)
+    rows = (x[:, 0] for x in (q_B1NH, k_B1NH, v_B1NH))
+    out_BNH, pool = mosaic_gpu_decode.decode(*rows, slopes_N, pool, slots_B, interpret=interpret)
+    return out_BNH[:, None], Stacked(pool.reshape(states.whole.shape), states.index)
 
 
 def takes_triton_kernels(H: int) -> bool:

@@ -25,6 +25,7 @@ from pallas_kernels import (
     lightning_decode_slots,
     lightning_state,
 )
+from pallas_kernels.grouped_matmul.stacked import Stacked
 from pallas_kernels.lightning_attention import (
     mosaic_gpu,
     mosaic_gpu_backward,
@@ -32,6 +33,7 @@ from pallas_kernels.lightning_attention import (
     mosaic_gpu_state,
 )
 from pallas_kernels.lightning_attention import pieces as pieces_of
+from pallas_kernels.lightning_attention.decode import lightning_decode_stacked
 from tests.pallas_kernels import hopper
 from tests.pallas_kernels.lightning_spans import expected
 from tests.reference import lightning as f64
@@ -93,7 +95,7 @@ def interpret(case):
     params = plgpu.InterpretGPUParams(detect_races=True)
     kind, name = case.split("/")
     if kind == "decode":
-        return decode(params, *DECODE[name])
+        return stacked(params) if name == "stacked" else decode(params, *DECODE[name])
     if kind == "unread":
         return unread(params, name == "reverse")
     if kind == "benchmark":
@@ -187,6 +189,25 @@ def decode(params, *step_config):
     inert = not np.asarray(out[1], np.float32).any()
     return {"out": norm_ratio(jnp.asarray(out, jnp.float32), wanted_out),
             "state": norm_ratio(new, wanted), "untouched": untouched, "inert": inert}
+
+
+def stacked(params):
+    """One layer's states of three, its second row inert."""
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(rng.standard_normal((3, 1, 2, 128)), jnp.bfloat16) for _ in "qkv")
+    old = rng.standard_normal((3, 3, 2, 128, 128)).astype(np.float32)
+    slopes = f64.slopes(64, 40, 80)[[0, 31]]
+    out, new = lightning_decode_stacked(
+        q, k, v, slopes, Stacked(jnp.asarray(old), jnp.int32(1)), jnp.array([1, 0, 1]),
+        interpret=params)
+    wanted, wanted_out = old.astype(np.float64), np.zeros(q.shape)
+    for b in (0, 2):
+        one = [np.asarray(x[b], np.float64) for x in (q, k, v)]
+        wanted_out[b], wanted[1, b] = f64.recurrent(*one, slopes, wanted[1, b])
+    untouched = (np.asarray(new.whole)[[0, 2]] == old[[0, 2]]).all()
+    return {"out": norm_ratio(jnp.asarray(out, jnp.float32), wanted_out),
+            "state": norm_ratio(new.whole, wanted), "untouched": bool(untouched),
+            "inert": bool((np.asarray(new.whole)[1, 1] == old[1, 1]).all())}
 
 
 # name -> B, T, N, H, config, packed, lengths: the shapes of the model and the edges of TMA

@@ -10,11 +10,12 @@ import pytest
 
 from tests.tolerances import bound
 
-# MESH/REGIME/ROWS[/int8[/turned]][/NAME=CHOICE], where rows are of uneven length, tensor=4 has more
-# devices than key/value heads, and a row alone cannot be split over the batch axes; cuDNN is a
-# stand-in. And skewed/DISPATCH/ROWS/GROUPS/TENSOR.
+# MESH/REGIME/ROWS[/int8[/turned]][/in_place][/NAME=CHOICE], where rows are of uneven length,
+# tensor=4 has more devices than key/value heads, and a row alone cannot be split over the batch
+# axes; cuDNN is a stand-in, and the kernel of states in place. And
+# skewed/DISPATCH/ROWS/GROUPS/TENSOR.
 QUICK = (
-    "data=2,expert=2,tensor=2/decode/4/int8", "expert=2,tensor=2/decode/4/int8/turned",
+    "data=2,expert=2,tensor=2/decode/4/int8/in_place", "expert=2,tensor=2/decode/4/int8/turned",
     "expert=2,tensor=4/prefill/4", "expert=2,tensor=4/prefill/4/sums=pieces",
     "sequence=2,expert=2,tensor=2/long/1/sums=pieces", "expert=2,tensor=4/prefill/4/sums=narrow",
     "sequence=2,expert=2,tensor=2/long/1/dispatch=all_to_all",
@@ -23,7 +24,8 @@ QUICK = (
     "skewed/all_to_all/all/1/1", "skewed/ragged/part/2/2",
 )
 CASES = (
-    "tensor=4/decode/4", "expert=4,tensor=2/decode/4", "expert=2,tensor=2/decode/1",
+    "tensor=4/decode/4", "expert=4,tensor=2/decode/4", "sequence=2,tensor=4/decode/2/in_place",
+    "expert=2,tensor=2/decode/1",
     "sequence=2,expert=2,tensor=2/decode/2", "sequence=4/prefill/1",
     "data=2,sequence=2,tensor=2/prefill/4", "expert=4,tensor=2/long/1/int8/sequence=log",
     "sequence=2,tensor=4/prefill/1/int8/sums=pieces", "data=2,expert=4/long/1/sums=pieces",
