@@ -63,7 +63,7 @@ class Model:
         """Times a job until the clock reads `until`, once at least; returns timing and facts.
 
         The facts have compile_s, planned_bytes (one device's, by the compiler's count, which is
-        `mmx plan`'s), and collectives_ms if `trace` was given. With `then`, as many decode steps
+        `mmx plan`'s), and what `trace(call, steps)` returns. With `then`, as many decode steps
         follow a prefill, and continued_ms tells the time of each.
         """
         return (self._prefill if job.operation == "prefill" else self._decode)(
@@ -137,7 +137,7 @@ class Model:
                       "length": int(np.asarray(cache.lengths_B)[0])}
             held.append(cache)
         if trace is not None:
-            found["collectives_ms"] = trace(lambda: call(1), 1)
+            found |= trace(lambda: call(1), 1)
             found["collectives_of"] = f"the first chunk of {job.chunk} tokens"
         return timing, found
 
@@ -170,7 +170,7 @@ class Model:
         call()
         timing = self._timed(call, STEPS, until)
         if trace is not None:
-            found["collectives_ms"] = trace(lambda: call(1), 1)
+            found |= trace(lambda: call(1), 1)
             found["collectives_of"] = "one step"
         return timing, found
 

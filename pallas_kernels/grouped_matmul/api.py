@@ -125,29 +125,21 @@ def grouped_matmul(
         return run(x_MD, w_EDF, group_sizes_E)
     if w_EDF.dtype == jnp.int8:
         x_MD, w_EDF = _in_turn(x_MD, w_EDF)
-        return _scaled(*_by_cast(run, x_MD, cut(w_EDF), group_sizes_E), group_sizes_E, x_MD.dtype)
+        return _by_cast(run, x_MD, cut(w_EDF), group_sizes_E)
     return run(x_MD, cut(w_EDF), group_sizes_E).astype(x_MD.dtype)
 
 
 def _by_cast(run, x_MD, weight, group_sizes_E):
-    """The product by an int8 leaf's values, and the scales [E, F] that it still lacks.
+    """The product by an int8 leaf, whose values are cast in main memory."""
+    if isinstance(weight, TurnedTensor):
+        if run is _hopper:
+            from pallas_kernels.grouped_matmul import mosaic_gpu_vjp
 
-    The values are cast in main memory, turned ones as they lie if `run` can.
-    """
-    turned = isinstance(weight, TurnedTensor)
-    if turned and run is _hopper:
-        from pallas_kernels.grouped_matmul import mosaic_gpu_vjp
-
-        scale_EF, run = weight.scale, mosaic_gpu_vjp.turned_grouped_matmul
-    else:
-        weight = weight.plain() if turned else weight
-        scale_EF = weight.scale[:, 0]
-    return run(x_MD, weight.values.astype(x_MD.dtype), group_sizes_E), scale_EF
-
-
-def _scaled(out_MF, scale_EF, group_sizes_E, dtype):
+            return mosaic_gpu_vjp.turned_grouped_matmul(x_MD, weight, group_sizes_E)
+        weight = weight.plain()
+    out_MF = run(x_MD, weight.values.astype(x_MD.dtype), group_sizes_E)
     group_M = xla.group_of_row(group_sizes_E, out_MF.shape[0])
-    return (out_MF * jnp.take(scale_EF, group_M, axis=0)).astype(dtype)
+    return (out_MF * jnp.take(weight.scale[:, 0], group_M, axis=0)).astype(x_MD.dtype)
 
 
 def _in_turn(before, weight):
@@ -203,12 +195,16 @@ def grouped_swiglu(
         return jax.tree.map(lambda w: w[c], cut(w_2EDF))
 
     if implementation == "hopper":
-        # A layer's place in its stack waits, not a copy of the layer, and up's cast for gate.
+        # A layer's place in its stack waits, not a copy of the layer.
         x_MD, w_2EDF = _in_turn(x_MD, w_2EDF)
+        if isinstance(leaf := cut(w_2EDF), TurnedTensor):
+            from pallas_kernels.grouped_matmul import mosaic_gpu_vjp
+
+            return mosaic_gpu_vjp.turned_grouped_swiglu(x_MD, leaf, group_sizes_E)
         gate = _by_cast(_hopper, x_MD, half(0), group_sizes_E)
+        # And up's cast for gate.
         gate, w_2EDF = _in_turn(gate, w_2EDF)
         up = _by_cast(_hopper, x_MD, half(1), group_sizes_E)
-        gate, up = (_scaled(*one, group_sizes_E, x_MD.dtype) for one in (gate, up))
     else:
         gate, up = (grouped_matmul(x_MD, half(c), group_sizes_E, implementation=implementation)
                     for c in range(2))

@@ -22,7 +22,7 @@ from pallas_kernels.costs import kernel_cost
 from pallas_kernels.grouped_matmul import tiles
 from pallas_kernels.grouped_matmul.mosaic_gpu_items import items_of
 from pallas_kernels.grouped_matmul.stacked import stack
-from pallas_kernels.lightning_attention.mosaic_gpu_block import transposed
+from pallas_kernels.lightning_attention.mosaic_gpu_block import load, transposed
 from pallas_kernels.once import once
 
 K = 64  # inner columns of a tile: 128 bytes, the widest swizzle
@@ -72,6 +72,7 @@ class _Shape:
     shared: str
     programs: int
     turned: bool  # each matrix lies [F, D]
+    scaled: bool
     interpret: bool
 
     @property
@@ -95,22 +96,24 @@ class _Shape:
 
 
 def grouped_matmul(x_MD, w_EDF, group_sizes_E, *, config: Config | None = None, interpret=False,
-                   turned: bool = False):
+                   turned: bool = False, scale_EF=None):
     """As the public function, for bfloat16 x and plain or stacked bfloat16 weights.
 
     turned: the weights lie [E, F, D]; the matrix unit reads bfloat16 either way.
+    scale_EF: float32, multiplies the columns of the products before they are rounded.
 
     Raises ValueError for widths or a configuration that do not fit.
     """
-    return _run(x_MD, w_EDF, group_sizes_E, 1, config, interpret, turned)
+    return _run(x_MD, w_EDF, group_sizes_E, 1, config, interpret, turned, scale_EF)
 
 
-def grouped_swiglu(x_MD, w_2EDF, group_sizes_E, *, config: Config | None = None, interpret=False):
+def grouped_swiglu(x_MD, w_2EDF, group_sizes_E, *, config: Config | None = None, interpret=False,
+                   turned: bool = False, scale_2EF=None):
     """As the public function; SiLU and the product with up happen in registers, in float32."""
-    return _run(x_MD, w_2EDF, group_sizes_E, 2, config, interpret, False)
+    return _run(x_MD, w_2EDF, group_sizes_E, 2, config, interpret, turned, scale_2EF)
 
 
-def _run(x_MD, weight, group_sizes_E, parts, config, interpret, turned):
+def _run(x_MD, weight, group_sizes_E, parts, config, interpret, turned, scale_EF):
     values, scale, layer_1 = stack(weight)
     E, *matrix = values.shape[-3:]
     D, F = matrix[::-1] if turned else matrix
@@ -137,19 +140,22 @@ def _run(x_MD, weight, group_sizes_E, parts, config, interpret, turned):
     M = x_MD.shape[0]
     programs = max(config.blocks // config.cluster, 1)
     s = _Shape(parts, E, D, F, half, columns, config.stages, config.cluster, config.shared,
-               programs, turned, bool(interpret))
+               programs, turned, scale_EF is not None, bool(interpret))
     items, count = items_of(group_sizes_E, M, config.rows * taller, F // (columns * wider),
                             config.together, parts == 1, _UNIT * taller, programs)
     header = jnp.concatenate([count.reshape(1), layer_1])
     rows_of_all = values.reshape(-1, E * matrix[0], matrix[1])
-    if parts == 2 and not interpret:
+    if parts == 2 and not turned and not interpret:
         rows_of_all = rows_of_all.reshape(-1, E * D // 8, 8, F)
-    out_MF = _call(s, header, items, x_MD, rows_of_all, interpret=interpret)
+    if scale_EF is None:
+        scale_EF = jnp.zeros((1, 1), jnp.float32)  # for nobody
+    scale = scale_EF.reshape(-1, *scale_EF.shape[-2:])
+    out_MF = _call(s, header, items, x_MD, rows_of_all, scale, interpret=interpret)
     return out_MF[:rows_M]
 
 
 @once
-def _call(s: _Shape, header, items, x_MD, w, *, interpret):
+def _call(s: _Shape, header, items, x_MD, w, scale, *, interpret):
     bf16 = jnp.bfloat16
     x_tiles = plgpu.SMEM((s.stages, 2 * s.half, K), bf16, transforms=_TILES)
     if not interpret:  # the interpreter moves logical arrays
@@ -157,9 +163,11 @@ def _call(s: _Shape, header, items, x_MD, w, *, interpret):
             x_tiles, plgpu.SMEM((s.stages, 2 * s.half, K), bf16, transforms=_ROWS))
     w_tiles = plgpu.SMEM((s.stages, *_turn(s, K, s.width)), bf16, transforms=_TILES)
     if s.parts == 2 and not interpret:
-        # The same bytes as TMA brings them: of 8 rows gate's columns, then up's.
-        w_tiles = plgpu.RefUnion(w_tiles, plgpu.SMEM(
-            (s.stages, K // 8, s.parts, 8, s.columns), bf16, transforms=_TILES))
+        # The same bytes as TMA brings them: of 8 rows gate's columns, then up's. Turned, all of
+        # gate's, then up's.
+        brought = (s.parts, s.columns, K) if s.turned else (K // 8, s.parts, 8, s.columns)
+        w_tiles = plgpu.RefUnion(w_tiles, plgpu.SMEM((s.stages, *brought), bf16,
+                                                     transforms=_TILES))
     if s.cluster > 1:
         empty = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2,
                                      num_barriers=s.stages)
@@ -169,7 +177,7 @@ def _call(s: _Shape, header, items, x_MD, w, *, interpret):
         cluster = {}
 
     def kernel(*refs, **scratch):
-        names = ("header", "items", "x", "w", "out")
+        names = ("header", "items", "x", "w", "scale", "out")
         _Block(s, dict(zip(names, refs, strict=True)) | scratch).run()
 
     kernel.__name__ = "grouped_swiglu" if s.parts == 2 else "grouped_matmul"
@@ -193,7 +201,7 @@ def _call(s: _Shape, header, items, x_MD, w, *, interpret):
     )
     M, weights = x_MD.shape[0], s.E * s.parts * s.D * s.F
     with kernel_cost(2 * M * s.parts * s.D * s.F, 2 * (weights + M * (s.D + s.F))):
-        return run(header, items, x_MD, w)
+        return run(header, items, x_MD, w, scale)
 
 
 def _turn(s: _Shape, inner, column):
@@ -294,12 +302,22 @@ class _Block:
             (row, rows), (at, width) = _turn(s, (k * K, K), (column, s.columns))
             first = expert * (s.F if s.turned else s.D) + row
             return [(w.at[self.layer, pl.ds(first, rows), pl.ds(at, width)], target)]
+        both = pl.ds(self.layer * 2, 2)
         if s.interpret:  # whose tiles have no other shape
-            rows = pl.ds(expert * s.D + k * K, K)
-            return [(w.at[self.layer * 2 + part, rows, columns],
-                     target.at[:, pl.ds(part * s.columns, s.columns)]) for part in range(2)]
+            def half(part):
+                return pl.ds(part * s.columns, s.columns)
+
+            if s.turned:
+                lies = pl.ds(expert * s.F + column, s.columns), pl.ds(k * K, K)
+                goes = [target.at[half(part), :] for part in range(2)]
+            else:
+                lies = pl.ds(expert * s.D + k * K, K), columns
+                goes = [target.at[:, half(part)] for part in range(2)]
+            return [(w.at[(self.layer * 2 + part, *lies)], goes[part]) for part in range(2)]
+        if s.turned:
+            return [(w.at[both, pl.ds(expert * s.F + column, s.columns), pl.ds(k * K, K)], target)]
         eighths = pl.ds(expert * (s.D // 8) + k * (K // 8), K // 8)
-        source = w.at[pl.ds(self.layer * 2, 2), eighths, :, columns]
+        source = w.at[both, eighths, :, columns]
         return [(source, plgpu.transpose_ref(target, (1, 0, 2, 3)))]
 
     def drain(self, total):
@@ -313,7 +331,6 @@ class _Block:
     def multiply(self, group, item, step):
         s, refs = self.s, self.refs
         expert, start, rows, column, steps = item
-        del expert
         mine = jnp.clip(rows - group * s.half, 0, s.half)
 
         def slot_of(k):
@@ -343,9 +360,15 @@ class _Block:
             def _():
                 plgpu.barrier_arrive(refs["empty"].at[slot_of(steps - 1)])
 
+            parts = [out[:, part * s.columns:(part + 1) * s.columns] for part in range(s.parts)]
+            if s.scaled:
+                # Rows of no group have no matrix, and zeros.
+                own = jnp.minimum(expert, s.E - 1)
+                parts = [product * self.scale(part, own, column, height)
+                         for part, product in enumerate(parts)]
+            out = parts[0]
             if s.parts == 2:
-                gate, up = out[:, :s.columns], out[:, s.columns:]
-                out = gate / (1 + jnp.exp(-gate)) * up
+                out = out / (1 + jnp.exp(-out)) * parts[1]
             self.store(group, out.astype(jnp.bfloat16), start + group * s.half, mine, column)
 
         for height, fewer in zip(s.heights, (0, *s.heights), strict=False):
@@ -359,6 +382,12 @@ class _Block:
             def _(k):
                 plgpu.barrier_wait(refs["full"].at[slot_of(k)])
                 plgpu.barrier_arrive(refs["empty"].at[slot_of(k)])
+
+    def scale(self, part, expert, column, height):
+        s = self.s
+        by_column = load(self.refs["scale"].at[part, expert, pl.ds(column, s.columns)],
+                         layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+        return lax.broadcast_in_dim(by_column, (height, s.columns), [1])
 
     def store(self, group, out, start, mine, column):
         """Stores the first `mine` rows: all, or copies of 1, 2, 4, ... rows that sum to them."""

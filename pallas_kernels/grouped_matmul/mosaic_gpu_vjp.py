@@ -19,10 +19,18 @@ def grouped_matmul(x_MD, w_EDF, group_sizes_E):
     return mosaic_gpu_kernel.grouped_matmul(x_MD, w_EDF, group_sizes_E)
 
 
-def turned_grouped_matmul(x_MD, w_EFD, group_sizes_E):
-    """`grouped_matmul` by matrices that lie [F, D]; forward only."""
+def turned_grouped_matmul(x_MD, weight, group_sizes_E):
+    """`grouped_matmul` by a `TurnedTensor`, whose values are cast in main memory; forward only."""
     _check()
-    return mosaic_gpu_kernel.grouped_matmul(x_MD, w_EFD, group_sizes_E, turned=True)
+    return mosaic_gpu_kernel.grouped_matmul(
+        x_MD, weight.values.astype(x_MD.dtype), group_sizes_E, turned=True, scale_EF=weight.scale)
+
+
+def turned_grouped_swiglu(x_MD, weight, group_sizes_E):
+    """`grouped_swiglu` by a `TurnedTensor`, as `turned_grouped_matmul`."""
+    _check()
+    return mosaic_gpu_kernel.grouped_swiglu(
+        x_MD, weight.values.astype(x_MD.dtype), group_sizes_E, turned=True, scale_2EF=weight.scale)
 
 
 @jax.custom_vjp

@@ -19,7 +19,7 @@ SCRIPT = "full_size_gpu.sh"
 def test_rows_on_four_simulated_devices(tmp_path, mesh):
     done = subprocess.run(
         [sys.executable, "-m", "mmx.bench.full_size", "--model=nano", f"--mesh={mesh}",
-         "--prompts=64", "--batches=1,4", "--contexts=64", "--chunk=32", "--long=96",
+         "--prompts=64", "--batches=1,4", "--contexts=64,2000000", "--chunk=32", "--long=96",
          "--quantize=int8", "--seconds=200", f"--output={tmp_path}"], cwd=ROOT,
         capture_output=True, text=True, timeout=280, env={
             **os.environ, "JAX_PLATFORMS": "cpu",
@@ -30,7 +30,10 @@ def test_rows_on_four_simulated_devices(tmp_path, mesh):
     largest = rows.pop()
     assert largest["operation"] == "largest_context" and largest["tokens_fit"] >= 1024
     assert largest["planned_bytes"] <= full_size._FILL * full_size._CPU_LIMIT
-    assert not any("error" in row for row in rows), rows
+    refused = {row["shape"]: row["error"] for row in rows if "error" in row}
+    assert list(refused) == ["b1c2000000", "b4c2000000"], refused
+    assert all(re.match(r"It needs [\d.]+ GiB of each device, which has 0.1", text)
+               for text in refused.values()), refused
     long = found["prefill", "1x96"]
     assert long["finite"] and len(long["continued_ms"]) == 16 and long["length"] == 96 + 16
     for shape in ("b1c64", "b4c64"):
@@ -75,6 +78,19 @@ def test_collectives_are_summed_by_kind_over_streams_of_devices():
     assert collectives.summed([gpu(0, 1e6), gpu(1, 3e6), host]) == {"all-reduce": 2.0}
     assert collectives.summed([host]) is None
     assert collectives.kind_of("ncclDevKernel_SendRecv") == "send-receive"
+    assert collectives.kind_of("psum_163_0_fusion_1") == "all-reduce"
+
+
+def test_a_trace_tells_collectives_and_the_longest_programs(monkeypatch):
+    events = [Box(name=f"program_{number}", duration_ns=1e3 * number) for number in range(20)]
+    plane = Box(name="/device:GPU:0", lines=[Box(name="Stream #1", events=events)])
+    monkeypatch.setattr(collectives.trace, "planes", lambda call: [plane])
+    found = collectives.traced(lambda: None, 1)
+    assert found["collectives_ms"] == {} and found["programs"]["launches"] == 20
+    assert [row["kernel"] for row in found["programs"]["kernels"]] == [
+        f"program_{number}" for number in range(19, 7, -1)]
+    monkeypatch.setattr(collectives.trace, "planes", lambda call: [])
+    assert collectives.traced(lambda: None, 1) == {"collectives_ms": None, "programs": None}
 
 
 def test_script_prints_what_it_would_run():

@@ -57,15 +57,18 @@ def interpret(case):
     if parts == 1:
         w = w[:, 0]
     run = mosaic_gpu_kernel.grouped_swiglu if parts == 2 else mosaic_gpu_kernel.grouped_matmul
-    lies = w
+    lies, w64 = w, np.asarray(w[1], np.float64)
     if name.startswith("turned"):
-        lies, run = w.swapaxes(-1, -2), partial(run, turned=True)
+        scale = rng.random((*w64.shape[:-2], w64.shape[-1])).astype(np.float32) + 0.5
+        w64 = w64 * scale[..., None, :]
+        run = partial(run, turned=True, **{"scale_EF" if parts == 1 else "scale_2EF": scale})
+        lies = w.swapaxes(-1, -2)
     weight = Stacked(lies, jnp.int32(1)) if stacked else lies[1]
     got = run(x, weight, jnp.array(sizes, jnp.int32), config=config,
               interpret=plgpu.InterpretGPUParams(detect_races=True))
     total = sum(sizes)
     wanted = np.zeros((M, F))
-    x64, w64 = np.asarray(x, np.float64), np.asarray(w[1], np.float64)
+    x64 = np.asarray(x, np.float64)
     for e, (start, size) in enumerate(zip(np.cumsum(sizes) - sizes, sizes, strict=True)):
         rows = x64[start:start + size]
         if parts == 2:
