@@ -9,6 +9,11 @@ variants are timed at 32,768, 4,096 and 8,192 rows of 32 experts, 6144 -> 9216 -
 from a Dirichlet distribution (8), beside JAX's `ragged_dot_mgpu`. One that fails is told and left
 out; nothing is started after --seconds.
 
+`--only=once` runs each product of the listed tiles once, at 32,768 and 4,096 rows, for a profiler:
+
+    ncu --clock-control none -k regex:grouped --section SpeedOfLight --section \
+      MemoryWorkloadAnalysis python benchmarks/gpu_grouped.py --only=once
+
 Method: random data; two warm-up calls, then rounds of asynchronous calls with one wait at their
 end, at least 30 ms each; the median of five rounds. TFLOP/s count the rows' own products only.
 """
@@ -57,10 +62,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", help="also write every figure to this file")
     parser.add_argument("--seconds", type=float, default=140, help="start nothing after so long")
-    parser.add_argument("--only", default="check,time")
+    parser.add_argument("--only", default="check,time", help="of check, time, or once")
     args = parser.parse_args()
     run, device = Run(args.seconds), jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}", flush=True)
+    if args.only == "once":
+        once()
+        return
     if "check" in args.only:
         check(run)
     if "time" in args.only or "check" in args.only:
@@ -230,6 +238,17 @@ def at_width(run, checking, timing):
                 run.attempt(f"{M} {kernel} {name}", time_one, run, M, kernel, name,
                             partial(mosaic_gpu.grouped_matmul, sizes=tiles), 2 * M * D * F,
                             *arguments, sizes)
+
+
+def once():
+    up = draw(jax.random.key(0), (2, E, D, F), D**-0.5)
+    down = draw(jax.random.key(1), (E, F, D), F**-0.5)
+    for M in (32768, 4096):
+        sizes = jnp.asarray(skewed(M))
+        for kernel, w in ((mosaic_gpu_kernel.grouped_swiglu, up),
+                          (mosaic_gpu_kernel.grouped_matmul, down)):
+            x = draw(jax.random.key(M), (M, w.shape[-2]), 1.0)
+            jax.block_until_ready(jax.jit(kernel)(x, w, sizes))
 
 
 def time_one(run, M, kernel, variant, function, flops, *arguments):
