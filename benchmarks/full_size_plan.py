@@ -28,7 +28,7 @@ PODS = {"h200:1x2": 16, "h200:1x8": 80}
 PROGRAMS = (("decode", 1, 1024, False), ("decode", 64, 1024, False), ("decode", 64, 65536, False),
             ("prefill", 1, 65536, False), ("prefill", 1, 262144, False),
             ("prefill", 1, 1048576, True))
-CHUNK = 32768
+CHUNK = 65536
 
 
 def compiled(pod_name: str, mode: str, batch: int, context: int, quantize: str) -> dict[str, Any]:

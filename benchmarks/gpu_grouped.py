@@ -134,13 +134,14 @@ def draw(key, shape, scale):
 
 
 @jax.jit
-def expected(x, w_cEDF, sizes):
+def expected(x, w_cEDF, sizes, scale_cEF):
     """float32 [M, F], an expert at a time; zero beyond the groups."""
     ends = jnp.cumsum(sizes)
     row = jnp.arange(x.shape[0])[:, None]
 
     def one(e, out):
-        y = [jnp.matmul(x, w[e], preferred_element_type=jnp.float32) for w in w_cEDF]
+        y = [jnp.matmul(x, w[e], preferred_element_type=jnp.float32) * scale[e]
+             for w, scale in zip(w_cEDF, scale_cEF, strict=True)]
         y = y[0] if len(y) == 1 else jax.nn.silu(y[0]) * y[1]
         return jnp.where((row >= ends[e] - sizes[e]) & (row < ends[e]), y, out)
 
@@ -156,11 +157,16 @@ def error(got, wanted, total):
     return jnp.linalg.norm(apart) / jnp.maximum(jnp.linalg.norm(wanted), 1e-30), beyond
 
 
-def compare(run, case, config, x, weight, w_cEDF, sizes):
-    """One product for one matrix per expert, gate and up for two."""
+def compare(run, case, config, x, weight, w_cEDF, sizes, turned=False):
+    """One product for one matrix per expert, gate and up for two; turned ones have scales too."""
     parts = w_cEDF.shape[0]
     kernel = mosaic_gpu_kernel.grouped_swiglu if parts == 2 else mosaic_gpu_kernel.grouped_matmul
-    call = jax.jit(partial(kernel, config=config))
+    scale, more = jnp.ones((*w_cEDF.shape[:2], w_cEDF.shape[-1])), {}
+    if turned:
+        scale = jax.random.uniform(jax.random.key(9), scale.shape, minval=0.5)
+        more = {"turned": True} | ({"scale_2EF": scale} if parts == 2 else {"scale_EF": scale[0]})
+        weight = Stacked(weight.whole.swapaxes(-1, -2), weight.index)
+    call = jax.jit(partial(kernel, config=config, **more))
     sizes = jnp.asarray(sizes, jnp.int32)
     shape = x.shape[0], w_cEDF.shape[-1]
     for poison in [jnp.full(shape, jnp.nan, jnp.bfloat16) for _ in range(2)]:
@@ -168,7 +174,7 @@ def compare(run, case, config, x, weight, w_cEDF, sizes):
     got = call(x, weight, sizes)
     inside = jnp.arange(shape[0])[:, None] < jnp.sum(sizes)
     same = bool(jnp.all(jnp.where(inside, got == call(x, weight, sizes), True)))
-    ratio, beyond = error(got, expected(x, w_cEDF, sizes), jnp.sum(sizes))
+    ratio, beyond = error(got, expected(x, w_cEDF, sizes, scale), jnp.sum(sizes))
     ok = float(ratio) <= LIMIT and same and (parts == 2 or not bool(beyond))
     run.checks.append({"case": case, "ok": ok, "error": float(ratio), "bit_equal": same,
                        "zero_beyond": not bool(beyond)})
@@ -189,6 +195,10 @@ def check(run):
                 whole = w if parts == 2 else w[:, 0]
                 run.attempt(case, compare, run, case, config, x, Stacked(whole, jnp.int32(1)),
                             w[1, :parts], sizes)
+                if config is None:
+                    case += ", turned"
+                    run.attempt(case, compare, run, case, config, x,
+                                Stacked(whole, jnp.int32(1)), w[1, :parts], sizes, True)
 
 
 def median_ms(call, *arguments, rounds=5, least=0.03):

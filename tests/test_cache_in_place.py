@@ -1,6 +1,7 @@
 """A step's programs hold no copy of a layer's cache, for devices that are not here.
 
-Of states a GPU's decode steps hold none; a prompt's chunks and TPUs cut a layer's out.
+Of states a Hopper GPU's decode steps hold none where jax is 0.11 or newer; a prompt's chunks and
+TPUs cut a layer's out.
 
 Run as a module it compiles for the pods with their meshes that are its arguments, as in
 `v6e:2x2/expert=2,tensor=2`, and prints what it finds.
@@ -21,6 +22,7 @@ import pytest
 
 from mmx import cache as caches
 from mmx import model
+from pallas_kernels.lightning_attention import mosaic_gpu_decode
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +84,7 @@ def check(found, pods):
     for pod, modes in found.items():
         for mode, one in modes.items():
             assert one["made"] == [], (pod, mode)
-            if pod in GPUS and mode == "decode":
+            if pod in GPUS and mode == "decode" and mosaic_gpu_decode.AVAILABLE:
                 assert one["states"] == [], pod
             assert one["written"] == 2, (pod, mode)
             assert one["growth"] < one["layer"] // 8, (pod, mode)
@@ -126,7 +128,7 @@ def main(arguments):
             layer = memory.keys_values // 8  # of keys, or of values
             made, written, states = [], 0, []
             for line in program.as_text().splitlines():
-                held = re.match(r" +(?:ROOT )?%\S+ = f32\[([\d,]*),128,128\]\S* (copy|copy-start"
+                held = re.match(r" +(?:ROOT )?%\S+ = \(?f32\[([\d,]*),128,128\]\S* (copy|copy-start"
                                 r"|fusion|dynamic-slice|dynamic-update-slice)\(", line)
                 if held:
                     states.append(line[:200])

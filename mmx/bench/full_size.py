@@ -216,7 +216,7 @@ def details(rows: Sequence[dict]) -> str:
         if row["operation"].startswith("ceiling_"):
             continue
         plan, peak = row.get("planned_bytes", 0), max(row.get("peak_bytes") or [0])
-        most = max(most, plan)
+        most = max(most, 0 if "error" in row else plan)
         spent = row.get("collectives_ms")
         exchanged = "; ".join(f"{kind} {ms:.3g}" for kind, ms in (spent or {}).items())
         if spent is not None:

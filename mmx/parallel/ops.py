@@ -66,6 +66,8 @@ class Ops:
         The state of a single token may be a `Stacked`, which is updated in place.
         """
         if isinstance(state_BNHH, Stacked):
+            if starts_BT is not None:
+                raise ValueError("A step's tokens begin no packed samples.")
             return lightning_decode_stacked(
                 q_BTNH, k_BTNH, v_BTNH, slopes_N, state_BNHH, lengths_B)
         return lightning_attention(

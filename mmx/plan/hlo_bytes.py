@@ -61,6 +61,11 @@ def _like(module: Module, leaves: tuple[Leaf, ...], where: Leaf) -> float:
 
 def _fusion(module: Module, place: Computation, line: Instruction) -> float:
     inside = module.computations[line.called[0]]
+    # A kernel that is given a part of an array by its address is wrapped in a fusion.
+    kernels = [one.kernel_cost[1] for one in inside.by_name.values()
+               if one.op == "custom-call" and one.kernel_cost]
+    if kernels:
+        return float(sum(kernels))
     total = 0.0
     for index, leaves in enumerate(place.operand_leaves(line)):
         if index in inside.parameters and leaves and _main(module, leaves[0]):

@@ -2,12 +2,13 @@
 
 An item is a tile of one group's rows times a band of columns. Blocks stay on their multiprocessor
 and walk over the list of items; a loader warpgroup keeps a ring of tiles of x and of the weights
-full through TMA, also across the end of an item, and two warpgroups multiply, half of the rows
-each. What an item stores leaves while the next one is computed.
+full through TMA, also across the end of an item, and two warpgroups multiply, the first up to half
+a tile's most rows, the second what lies beyond. What an item stores leaves while the next one is
+computed.
 
-Tiles begin where their group begins, so a group has one partial tile at most, and the second
-warpgroup has nothing to do where that tile holds half the rows or fewer. Items of one band and one
-group follow each other: they run at the same time, and the weights come from memory once.
+Tiles begin where their group begins and are as even as units of 64 rows allow; a warpgroup
+multiplies no more units than it has. Items of one band and one group follow each other: they run
+at the same time, and share weights through L2; two blocks of a cluster share them for certain.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ class Config:
     """Tuning choices.
 
     Attributes:
-      rows: rows of an item, 128 or 256; half of them for each of two warpgroups.
+      rows: most rows of a block's tile, 128 or 256; half of them for each of two warpgroups.
       columns: columns of each product of an item, 64, 128 or 256. `rows * columns` times the
         number of products (2 for gate and up) is at most 32,768: the accumulators' registers.
       stages: depth of the ring of loaded tiles.

@@ -83,9 +83,10 @@ def lightning_decode_stacked(
     """
     from pallas_kernels.lightning_attention import mosaic_gpu_decode
 
-    if dispatch.platform() != "gpu" and not interpret:
-        raise ValueError("lightning_decode_stacked runs on NVIDIA GPUs of the Hopper generation; "
-                         f"this is a {dispatch.platform()}. Pass the layer's own states.")
+    if not interpret and not decodes_in_stack(q_B1NH.dtype, q_B1NH.shape[-1]):
+        raise ValueError("lightning_decode_stacked runs on NVIDIA GPUs of the Hopper generation, "
+                         "in bfloat16, with heads of 64 or 128, from jax 0.11 on. Pass the layer's "
+                         "own states to lightning_attention.")
     B = q_B1NH.shape[0]
     pool = states.whole.reshape(-1, *states.shape[1:])
     slots_B = states.index * B + jnp.arange(B, dtype=jnp.int32)

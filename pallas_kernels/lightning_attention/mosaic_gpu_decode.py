@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.costs import kernel_cost
 from pallas_kernels.lightning_attention.mosaic_gpu_block import load
 
 # In-place updates came with jax 0.11, as the interpreter did.
@@ -193,7 +194,7 @@ def decode(
     else:
         kernel, tiles, grid, names = lightning_decode_resident, stages, (blocks,), ("block",)
     states = jax.new_ref(states_PNHH)
-    out = plgpu.kernel(
+    run = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((B, N, H), jnp.bfloat16),
         scratch_types=[
@@ -204,5 +205,9 @@ def decode(
         grid_names=names,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret or None,
-    )(q_BNH, k_BNH, v_BNH, jnp.asarray(slopes_N, jnp.float32), slots_B.astype(jnp.int32), states)
+    )
+    # Of a pool those states that have a row: as many as there are.
+    with kernel_cost(5 * B * N * H * H, 8 * B * N * H * H):
+        out = run(q_BNH, k_BNH, v_BNH, jnp.asarray(slopes_N, jnp.float32),
+                  slots_B.astype(jnp.int32), states)
     return out, jax.freeze(states)

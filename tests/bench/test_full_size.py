@@ -41,6 +41,14 @@ def test_rows_on_four_simulated_devices(tmp_path, mesh):
     assert "prefill 1x96" in (tmp_path / "details.md").read_text()
 
 
+def test_what_was_refused_is_no_plan_of_a_later_peak():
+    rows = [{"operation": "decode", "shape": shape, "dtype": "int8", "planned_bytes": plan,
+             "peak_bytes": [plan], **more} for shape, plan, more in (
+                 ("b1", 100, {}), ("b64", 300, {"error": "It needs more.", "peak_bytes": []}),
+                 ("b16", 200, {}))]
+    assert full_size.details(rows).splitlines()[-1].split("|")[5].strip() == "1.000"
+
+
 def test_rows_come_in_order_of_weight():
     asked = full_size.arguments().parse_args(["--long=1048576"])
     shapes = [job.shape for job, _ in full_size.jobs(asked)]

@@ -84,8 +84,20 @@ def test_items_cover_every_row_and_band_once(sizes, rest, unit, programs):
         assert 0 < length <= rows
         assert (group_of_row[start:start + length] == group).all()
         seen[start:start + length, band] += 1
+    own = listed[:int(count)]
+    for group in set(own[:, 0]):
+        # But for what its last tile lacks of whole units.
+        units = -(-own[own[:, 0] == group][:, 2] // unit)
+        assert units.max() - units.min() <= 1
     total = M if rest else sum(sizes)
     assert (seen[:total] == 1).all() and not seen[total:].any()
+
+
+def test_programs_take_long_tiles_and_short_ones_in_turn():
+    """192 and 128 rows alternate in the list; of two programs neither gets all of one kind."""
+    items, count = items_of(jnp.array([320], jnp.int32), 320, 256, 6, 4, False, 64, 2)
+    heights = np.asarray(items).reshape(-1, 4)[:int(count), 2]
+    assert list(heights[::2]) == [192, 128] * 3 and list(heights[1::2]) == [128, 192] * 3
 
 
 @pytest.mark.parametrize("dtype, F, config, message", [

@@ -26,7 +26,8 @@ STATE = ("one_token", "tail", "packed_lengths", "parts_fast_lengths", "lengths",
 INTERPRETED = [*(f"forward/{x}" for x in FORWARD), *(f"backward/{x}" for x in BACKWARD),
                *(f"state/{x}" for x in STATE), "unread/forward", "unread/reverse",
                "benchmark/splits",
-               "decode/stacked", *(f"decode/slots{x}" for x in ("", "_two_heads", "_resident", "_resident_ring"))]
+               "decode/stacked",
+               *(f"decode/slots{x}" for x in ("", "_two_heads", "_resident", "_resident_ring"))]
 COMPILED = [*(f"forward/{x}" for x in (
     "1x8192", "8x8192", "1x1048576", "8_heads_1x131072", "packed_1x131072",
     "packed_1x8192", "packed_8x8192", "packed_registers_1x131072", "packed_one_1x131072",

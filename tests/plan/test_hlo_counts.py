@@ -148,6 +148,17 @@ def test_the_heaviest_lines_come_first():
     assert sum(size for size, _ in hlo.heaviest(text, 99)) == hlo.bytes_accessed(text)
 
 
+def test_a_kernel_in_a_fusion_moves_what_it_says():
+    """XLA wraps a kernel so that is given a part of an array by its address."""
+    fused = """%f (p: f32[4,64]) -> f32[4,64] {
+  %p = f32[4,64]{1,0} parameter(0)
+  ROOT %k = f32[4,64]{1,0} custom-call(%p), custom_call_target="mosaic_gpu_v2", \
+metadata={op_name="jit(step)/kernel_cost_flops_5_bytes_7/lightning_decode/mpmd_map"}
+}"""
+    assert moved("""%a = f32[4,64]{1,0} parameter(0)
+        %c = f32[4,64]{1,0} fusion(%a), kind=kCustom, calls=%f""", fused) == 7
+
+
 def test_kernels_are_named_by_their_scope_and_counted_as_often_as_they_run():
     paths = {"a": "jit(step)/while/body/closed_call/shard_map/jit(_call)/hit_experts/pallas_call",
              "b": "jit(step)/jit(_product)/kernel_cost_flops_5_bytes_7/experts_product/mpmd_map",

@@ -66,9 +66,11 @@ def test_what_is_turned_meets_the_kernel_for_integers(steps, case):
 def test_turned_weights_cost_no_copies(steps, case):
     turned, plain = steps[case], steps[case.replace("turned", "plain")]
     assert turned["weights"] == plain["weights"]
-    # Rows in two parts, and sums that the product leaves in float32.
-    assert turned["temporaries"] < 1.01 * plain["temporaries"] + (128 << 20)
     assert turned["bytes"] < 1.03 * plain["bytes"]
     if "prefill" in case:
-        # One matrix of every expert is cast at a time, which leaves as much for activations.
-        assert turned["temporaries"] < 2.2 * MATRIX
+        # Gate and up of every expert are cast together (plain ones, one after the other), which
+        # leaves a little more than half a matrix for activations.
+        assert turned["temporaries"] < min(2.7 * MATRIX, plain["temporaries"] + MATRIX)
+    else:
+        # Rows in two parts, and sums that the product leaves in float32.
+        assert turned["temporaries"] < 1.01 * plain["temporaries"] + (128 << 20)
