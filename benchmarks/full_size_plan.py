@@ -3,7 +3,7 @@
     python benchmarks/full_size_plan.py --output=benchmarks/results/h200/full_size_plan.jsonl
 
 One line for each pod, dtype and program: the largest of the rows that share a form. Two H200s get
-16 layers, eight all 80, each on the mesh that the script would choose. Needs the extra plan-gpu and
+16 layers, four (in int8) and eight all 80, each on the mesh that the script would choose. Needs the extra plan-gpu and
 no GPU; compiled, not run. A process for each line, since compilers keep their memory.
 """
 
@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 GIB = 2**30
-# Pod -> layers that are kept.
-PODS = {"h200:1x2": 16, "h200:1x8": 80}
+# Pod -> layers that are kept, and forms of weights that fit.
+PODS = {"h200:1x2": (16, ("", "int8")), "h200:1x4": (80, ("int8",)),
+        "h200:1x8": (80, ("", "int8"))}
 # Mode, batch, context of a program, and whether int8 alone runs it.
 PROGRAMS = (("decode", 1, 1024, False), ("decode", 64, 1024, False), ("decode", 64, 65536, False),
             ("prefill", 1, 65536, False), ("prefill", 1, 262144, False),
@@ -47,7 +48,7 @@ def compiled(pod_name: str, mode: str, batch: int, context: int, quantize: str) 
     from mmx.sharding.mesh import parse_axes
 
     pod, config = parse_pod(pod_name), preset("text01")
-    config = config.replace(layer_types=config.layer_types[:PODS[pod_name]])
+    config = config.replace(layer_types=config.layer_types[:PODS[pod_name][0]])
     mesh = chosen(config, pod.devices, "bfloat16", quantize or None)
     job = programs.Job(config, mode, batch, room(context + (STEPS if mode == "decode" else 0)),
                        chunk=CHUNK, quantize=quantize or None)
@@ -94,8 +95,8 @@ def main(argv: Sequence[str]) -> int:
     rows = [json.loads(line) for line in args.output.read_text().splitlines()] if (
         args.output.is_file()) else []
     done = {row["name"] for row in rows}
-    for pod in PODS:
-        for quantize in ("", "int8"):
+    for pod, (_, forms) in PODS.items():
+        for quantize in forms:
             for mode, batch, context, int8_only in PROGRAMS:
                 name = f"{pod}/{mode}/{batch}/{context}/{quantize}"
                 if name in done or (int8_only and not quantize):

@@ -9,8 +9,8 @@ of the first two (three times their bytes written and read), inside the kernel b
 So: bfloat16 by `megablox`, int8 and weights inside a stack by `pallas_tpu`, float32 by
 `ragged_dot`.
 
-On an H200 at the same widths (gate and up with SiLU / down, TFLOP/s) `hopper` reaches 601 / 634 at
-32,768 rows and 408 / 416 at 4,096, `mosaic_gpu` 543 / 567 and 300 / 299, `ragged_dot` 24. So
+On an H200 at the same widths (gate and up with SiLU / down, TFLOP/s) `hopper` reaches 610 / 585 at
+32,768 rows and 421 / 391 at 4,096, `mosaic_gpu` 536 / 539 and 282 / 289, `ragged_dot` 24. So
 `hopper`, ours, is chosen there for bfloat16, and `ragged_dot` on other GPUs.
 """
 
