@@ -203,14 +203,20 @@ def _beside(plan: Plan, say, config_gin: str):
                         "Run `mmx bench` with --peers.")
     mine: list[dict] = []
     theirs: list[dict] = []
-    for _ in range(turns.TURNS):
-        mine += turns.ours(config_gin)
-        # What this device runs where nothing is asked is known once our side has run.
-        first = mine[0]
-        full, dtype = first["device"]["platform"] != "cpu", first["ceilings"]["product_dtype"]
-        name, config = geometry(dataclasses.replace(plan, model=first["model"]), full)
-        asked = jobs(plan, full)
-        theirs += turns.transformers(config, dtype, plan.seed, plan.method, asked)
+    interrupted = None
+    try:
+        for _ in range(turns.TURNS):
+            mine += turns.ours(config_gin)
+            # What this device runs where nothing is asked is known once our side has run.
+            first = mine[0]
+            full, dtype = first["device"]["platform"] != "cpu", first["ceilings"]["product_dtype"]
+            name, config = geometry(dataclasses.replace(plan, model=first["model"]), full)
+            asked = jobs(plan, full)
+            theirs += turns.transformers(config, dtype, plan.seed, plan.method, asked)
+    except KeyboardInterrupt as error:
+        if not mine:
+            raise
+        interrupted = error  # the turns that were made are told first
     facts = {key: first[key] for key in records.FACTS} | {"command": records.command()}
     facts["versions"] = first["versions"] | records.versions("", plan.peers)
     facts["method"] = first["method"] | {
@@ -224,6 +230,8 @@ def _beside(plan: Plan, say, config_gin: str):
             parts = [row for row in rows
                      if (row["operation"], row["shape"]) == (job.operation, job.shape)]
             made.add([job.row(config, dtype, quantize, side, whole.pooled(parts), ceilings)])
+    if interrupted is not None:
+        raise interrupted
     if plan.output is not None:
         draw(made.rows, plan.output)
     return made, 0 if made.any_measured else CHECK_FAILED
