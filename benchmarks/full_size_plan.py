@@ -62,7 +62,7 @@ def compiled(pod_name: str, mode: str, batch: int, context: int, quantize: str) 
     found = fit.compile_fit(job, pod, parse_axes(mesh))
     row = found.to_json() | {"jax": jax.__version__, "total_gib": found.memory.total / GIB,
                              "limit_gib": found.limit / GIB}
-    row["kernels"] = dict(Counter(re.findall(r'custom_call_target="([^"]*)"', texts[0])))
+    row["kernels"] = dict(Counter(re.findall(r'custom_call_target="([^"]*)"', "".join(texts))))
     del row["collectives"], row["estimate"]["formulas"]
     return row | {"memory_gib": {name: size / GIB for name, size in dataclasses.asdict(
         found.memory).items()}}

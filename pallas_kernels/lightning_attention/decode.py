@@ -49,6 +49,8 @@ def takes_hopper_kernels(dtype, H: int) -> bool:
 
 def decodes_in_stack(dtype, H: int) -> bool:
     """Whether `lightning_decode_stacked` takes such heads where programs traced now run."""
+    if dispatch.platform() == "tpu":
+        return H % 128 == 0
     if not takes_hopper_kernels(dtype, H):
         return False
     from pallas_kernels.lightning_attention import mosaic_gpu_decode
@@ -64,6 +66,7 @@ def lightning_decode_stacked(
     states: Stacked,
     lengths_B: jax.Array | None = None,
     *,
+    implementation: str | None = None,
     interpret=False,
 ) -> tuple[jax.Array, Stacked]:
     """One step of a layer whose states lie in the stack of all layers, where they are updated.
@@ -71,29 +74,41 @@ def lightning_decode_stacked(
     Cut out of the stack and put back by XLA, a state is read and written twice in a step.
 
     Args:
-      q_B1NH, k_B1NH, v_B1NH, slopes_N: as in `lightning_decode`; bfloat16.
+      q_B1NH, k_B1NH, v_B1NH, slopes_N: as in `lightning_decode`; bfloat16 on a GPU.
       states: float32 [R, B, N, H, H] and the layer's place; donate them.
       lengths_B: rows of 0 are inert: their states stay, their outputs are zero.
+      implementation: "pallas_tpu", "mosaic_gpu" (both of `lightning_decode_slots`), or None.
+      interpret: as the kernel of that name takes it.
 
     Returns:
       Output [B, 1, N, H] and the stack with the layer's states one token on.
 
     Raises:
-      ValueError: where `decodes_in_stack` is false.
+      ValueError: where `decodes_in_stack` is false and nothing is interpreted.
     """
-    from pallas_kernels.lightning_attention import mosaic_gpu_decode
-
     if not interpret and not decodes_in_stack(q_B1NH.dtype, q_B1NH.shape[-1]):
-        raise ValueError("lightning_decode_stacked runs on NVIDIA GPUs of the Hopper generation, "
-                         "in bfloat16, with heads of 64 or 128, from jax 0.11 on. Pass the layer's "
-                         "own states to lightning_attention.")
+        raise ValueError(
+            "lightning_decode_stacked runs on TPU, for heads of a multiple of 128, and on NVIDIA "
+            "GPUs of the Hopper generation, in bfloat16, with heads of 64 or 128, from jax 0.11 "
+            "on. Pass the layer's own states to lightning_attention.")
     B = q_B1NH.shape[0]
+    name = implementation or ("pallas_tpu" if dispatch.platform() == "tpu" else "mosaic_gpu")
     pool = states.whole.reshape(-1, *states.shape[1:])
     slots_B = states.index * B + jnp.arange(B, dtype=jnp.int32)
-    if lengths_B is not None:
-        slots_B = jnp.where(lengths_B > 0, slots_B, -1)
-    rows = (x[:, 0] for x in (q_B1NH, k_B1NH, v_B1NH))
-    out_BNH, pool = mosaic_gpu_decode.decode(*rows, slopes_N, pool, slots_B, interpret=interpret)
+    rows, slopes_N = (x[:, 0] for x in (q_B1NH, k_B1NH, v_B1NH)), jnp.asarray(slopes_N, jnp.float32)
+    if name == "pallas_tpu":
+        from pallas_kernels.lightning_attention import pallas_tpu_decode
+
+        active_B = None if lengths_B is None else lengths_B > 0
+        out_BNH, pool = pallas_tpu_decode.decode(
+            *rows, slopes_N, pool, slots_B, active_B, interpret=interpret)
+    else:
+        from pallas_kernels.lightning_attention import mosaic_gpu_decode
+
+        if lengths_B is not None:
+            slots_B = jnp.where(lengths_B > 0, slots_B, -1)
+        out_BNH, pool = mosaic_gpu_decode.decode(
+            *rows, slopes_N, pool, slots_B, interpret=interpret)
     return out_BNH[:, None], Stacked(pool.reshape(states.whole.shape), states.index)
 
 

@@ -9,6 +9,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch, lightning_attention, lightning_decode_slots
+from pallas_kernels.grouped_matmul.stacked import Stacked
+from pallas_kernels.lightning_attention.decode import lightning_decode_stacked
 from pallas_kernels.lightning_attention import pallas_tpu, pallas_tpu_backward
 from pallas_kernels.lightning_attention.pallas_tpu_block import Blocks
 from pallas_kernels.lightning_attention.segments import segments
@@ -193,6 +195,27 @@ def test_decode_in_slots(dtype, strict):
     by_xla = lightning_decode_slots(q, k, v, slopes, states, slots, implementation="xla")
     assert_close(by_xla[0], wanted[:, 0], "kernel", dtype, "output by XLA")
     assert_close(by_xla[1], new, "state", dtype, "states by XLA")
+
+
+@pytest.mark.parametrize("strict", (False, True), ids=("plain", "strict"))
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_decode_in_the_stack_of_all_layers(dtype, strict):
+    """One layer's states of three, its second row inert."""
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(rng.standard_normal((3, 1, 8, H)), dtype) for _ in range(3))
+    old = rng.standard_normal((3, 3, 8, H, H)).astype(np.float32)
+    slopes = f64.slopes(64, 40, 80)[:8].astype(np.float32)
+    out, new = lightning_decode_stacked(
+        q, k, v, slopes, Stacked(jnp.asarray(old), jnp.int32(1)), jnp.array([1, 0, 1]),
+        implementation="pallas_tpu", interpret=STRICT if strict else True)
+    active = np.array([0, 2])
+    wanted, last = expected(*(x[active] for x in (q, k, v)), slopes, old[1, active])
+    assert_close(out[active], wanted, "kernel", dtype, "output")
+    assert_close(new.whole[1, active], last, "state", dtype, "states")
+    assert not np.asarray(out[1], np.float32).any()
+    untouched = np.array(new.whole)
+    untouched[1, active] = old[1, active]
+    assert np.array_equal(untouched, old)
 
 
 def test_what_a_named_kernel_cannot_do_is_a_sentence():
