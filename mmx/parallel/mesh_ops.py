@@ -100,8 +100,12 @@ class MeshOps(Ops):
                 return product(spec, x, weight, None, activation)
             out = product(spec, x, weight, jnp.float32, None)
             means = [mean_BTN.sum(2) / rms[0].shape[2] for mean_BTN in values]
-            if pieces is None:
-                out, means = jax.lax.psum((out, means), over)
+            if pieces is None and means:
+                # Joined here, XLA makes one program of it, and none to take the sum apart.
+                both = jax.lax.psum(jnp.concatenate([out, means[0][..., None]], -1), over)
+                out, means = both[..., :-1], [both[..., -1]]
+            elif pieces is None:
+                out = jax.lax.psum(out, over)
             else:
                 out = sums.keep_piece(out, over, 1, x.dtype, form)
                 means = [sums.keep_piece(y, over, 1, y.dtype, sums.PIECES) for y in means]
