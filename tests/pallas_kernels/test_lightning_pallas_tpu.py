@@ -10,8 +10,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch, lightning_attention, lightning_decode_slots
 from pallas_kernels.grouped_matmul.stacked import Stacked
-from pallas_kernels.lightning_attention.decode import lightning_decode_stacked
 from pallas_kernels.lightning_attention import pallas_tpu, pallas_tpu_backward
+from pallas_kernels.lightning_attention.decode import lightning_decode_stacked
 from pallas_kernels.lightning_attention.pallas_tpu_block import Blocks
 from pallas_kernels.lightning_attention.segments import segments
 from tests.reference import lightning as f64
