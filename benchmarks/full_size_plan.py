@@ -4,7 +4,8 @@
 
 One line for each pod, dtype and program: the largest of the rows that share a form. Two H200s get
 16 layers, four (in int8) and eight all 80, each on the mesh that the script would choose. Needs
-the extra plan-gpu and no GPU; compiled, not run. A process for each line, since compilers keep their memory.
+the extra plan-gpu and no GPU; compiled, not run. A process for each line, since compilers keep
+their memory.
 """
 
 import argparse
