@@ -120,8 +120,7 @@ def _run(x_MD, weight, group_sizes_E, parts, config, interpret, turned, scale_EF
     D, F = matrix[::-1] if turned else matrix
     if config is None:
         # Listed for 32 groups: their mean size counts.
-        name = "hopper_swiglu" if parts == 2 else "hopper"
-        config = Config(**tiles.listed(name, x_MD.shape[0] * 32 // E, D, parts * F))
+        config = Config(**tiles.listed("hopper", x_MD.shape[0] * 32 // E, D, parts * F))
     columns = config.columns or 32768 // (config.rows * parts)
     taller = config.cluster if config.shared == "w" else 1
     wider = config.cluster // taller
