@@ -11,6 +11,8 @@ from functools import partial
 
 # The timer's module imports jax, which must leave the accelerator to torch.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Weights are random and nothing is fetched; without a network every question to a hub is a wait.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from mmx.bench import records  # noqa: E402
 from mmx.bench.timing import Method, Run, first_sentence, in_turns  # noqa: E402

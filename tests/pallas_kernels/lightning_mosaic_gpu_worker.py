@@ -64,12 +64,6 @@ SMALL = {  # name -> B, T, N, H, layer, config, packed, lengths
     "separate": (1, 130, 1, 64, 78, Config(joint=False), False, None),
 }
 
-DECODE = {"slots": (64, 1), "slots_two_heads": (32, 2), "1": (64, 1), "256": (64, 1),
-          "16x2": (32, 2), "16x4": (32, 4), "16x2_wide": (64, 2),
-          "slots_resident": (64, 1, 1, 2), "slots_resident_ring": (32, 1, 1, 3),
-          "16_resident": (32, 1, 3, 4),
-          "16_resident_wide": (64, 1, 2, 3)}  # columns, heads, resident blocks, stages
-
 
 def inputs(case):
     B, T, N, H, layer, config, packed, lengths = SMALL[case]
@@ -95,7 +89,7 @@ def interpret(case):
     params = plgpu.InterpretGPUParams(detect_races=True)
     kind, name = case.split("/")
     if kind == "decode":
-        return stacked(params) if name == "stacked" else decode(params, *DECODE[name])
+        return stacked(params) if name == "stacked" else decode(params, int(name))
     if kind == "unread":
         return unread(params, name == "reverse")
     if kind == "benchmark":
@@ -171,16 +165,14 @@ def splits(params):
             **{name: max(x[name] for x in run.checks) for name in ("out", "state")}}
 
 
-def decode(params, *step_config):
+def decode(params, H):
     """Rows with their own slots, one of them inert; the states of no row stay as they were."""
-    mosaic_gpu_decode._MULTIPROCESSORS = 2  # so that a resident block goes round its ring
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((3, 2, 128)), jnp.bfloat16) for _ in "qkv")
-    old = rng.standard_normal((4, 2, 128, 128)).astype(np.float32)
+    q, k, v = (jnp.asarray(rng.standard_normal((3, 2, H)), jnp.bfloat16) for _ in "qkv")
+    old = rng.standard_normal((4, 2, H, H)).astype(np.float32)
     slopes = f64.slopes(64, 78, 80)[[0, 31]]
     out, new = mosaic_gpu_decode.decode(
-        q, k, v, slopes, jnp.asarray(old), jnp.array([2, -1, 0]),
-        config=mosaic_gpu_decode.DecodeConfig(*step_config), interpret=params)
+        q, k, v, slopes, jnp.asarray(old), jnp.array([2, -1, 0]), interpret=params)
     wanted, wanted_out = old.astype(np.float64), np.zeros(q.shape)
     for b, slot in ((0, 2), (2, 0)):
         one = [np.asarray(x[b:b + 1], np.float64) for x in (q, k, v)]
@@ -242,11 +234,10 @@ def compile_one(case):
     bf16, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
     donate = ()
     if kind == "decode":
-        B, N, H = int(re.match("[0-9]+", name)[0]), 64, 128
+        (B, H), N = map(int, name.split("x")), 64
         x = array((B, N, H), bf16)
         arguments = (x, x, x, array((N,), f32), array((B, N, H, H), f32), array((B,), i32))
-        step_config = mosaic_gpu_decode.DecodeConfig(*DECODE[name])
-        function, donate = partial(mosaic_gpu_decode.decode, config=step_config), (4,)
+        function, donate = mosaic_gpu_decode.decode, (4,)
     elif kind != "public":
         B, T, N, H, config, packed, lengths = REAL[name]
         x, state = array((B, T, N, H), bf16), array((B, N, H, H), f32)

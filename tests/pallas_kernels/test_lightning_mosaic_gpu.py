@@ -25,9 +25,7 @@ BACKWARD = ("tail", "lengths", "packed_lengths", "packed_long", "parts_fast_leng
 STATE = ("one_token", "tail", "packed_lengths", "parts_fast_lengths", "lengths", "packed_long")
 INTERPRETED = [*(f"forward/{x}" for x in FORWARD), *(f"backward/{x}" for x in BACKWARD),
                *(f"state/{x}" for x in STATE), "unread/forward", "unread/reverse",
-               "benchmark/splits",
-               "decode/stacked",
-               *(f"decode/slots{x}" for x in ("", "_two_heads", "_resident", "_resident_ring"))]
+               "benchmark/splits", "decode/stacked", "decode/64", "decode/128"]
 COMPILED = [*(f"forward/{x}" for x in (
     "1x8192", "8x8192", "1x1048576", "8_heads_1x131072", "packed_1x131072",
     "packed_1x8192", "packed_8x8192", "packed_registers_1x131072", "packed_one_1x131072",
@@ -37,8 +35,7 @@ COMPILED = [*(f"forward/{x}" for x in (
         "1x8192", "8x8192", "packed_1x8192", "packed_1x131072", "packed_lengths_2x4097",
         "8_heads_1x131072", "packed_8_heads_1x131072")),
     *(f"state/{x}" for x in ("8x8192", "1x524288", "packed_1x131072", "packed_lengths_2x4097")),
-    *(f"decode/{x}" for x in ("1", "256", "16x2", "16x4", "16_resident", "16_resident_wide")),
-    "public/2"]
+    "decode/1x128", "decode/256x128", "decode/16x64", "public/2"]
 work = partial(hopper.work, "lightning_mosaic_gpu_worker")
 
 
@@ -89,7 +86,7 @@ def test_forward_copies_no_tensor(compiled, case):
 @pytest.mark.gpu_aot
 @pytest.mark.parametrize("batch", (1, 256))
 def test_decode_updates_states_in_place(compiled, batch):
-    case = compiled[f"decode/{batch}"]
+    case = compiled[f"decode/{batch}x128"]
     assert case["alias"] == batch * 64 * 128 * 128 * 4 and case["temp"] < 1 << 20
 
 
