@@ -34,7 +34,9 @@ def route(logits_TE: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array
     """
     probability_TE = jax.nn.softmax(logits_TE.astype(jnp.float32), axis=-1)
     top_Tk, expert_Tk = jax.lax.top_k(probability_TE, k)
-    return top_Tk / jnp.sum(top_Tk, axis=-1, keepdims=True), expert_Tk, probability_TE
+    # A sum of k slices joins what reads the weights; a reduction is a program of its own on a GPU.
+    total_T = sum(top_Tk[..., i] for i in range(k))
+    return top_Tk / total_T[..., None], expert_Tk, probability_TE
 
 
 class MoE(nnx.Module):

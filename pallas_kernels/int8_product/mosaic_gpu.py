@@ -19,13 +19,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.costs import kernel_cost
+from pallas_kernels.int8_product.rows import MOST, two_parts
 from pallas_kernels.lightning_attention.mosaic_gpu_block import load, transposed
 
 STEP = 128  # of the contracted axis: 128 bytes, the widest swizzle
 MOST_ROWS = 64
 _WGMMA = plgpu.Layout.WGMMA
 _TILES8 = (plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(STEP))
-MOST = 127 * 128 + 63  # the largest integer of two parts
 _MULTIPROCESSORS = 132  # of an H100 or H200
 
 
@@ -58,25 +58,13 @@ def refusal(x_dtype, inner: int, outer: int) -> str | None:
     return None
 
 
-def two_parts(x_MK):
-    """int8 [2, M, K] and float32 peaks [M] with `x ≈ peak / MOST (128 parts[0] + parts[1])`."""
-    x_MK = x_MK.astype(jnp.float32)
-    peak_M = jnp.max(jnp.abs(x_MK), axis=1)
-    # The peaks leave as they are: what is made of them fuses into what follows.
-    steps_M1 = jnp.where(peak_M == 0, 0, MOST / peak_M)[:, None]
-    # A peak so small that its inverse overflows would make integers of any size.
-    whole_MK = jnp.rint(jnp.clip(x_MK * steps_M1, -MOST, MOST)).astype(jnp.int32)
-    high_MK = (whole_MK + 64) >> 7
-    return jnp.stack([high_MK, whole_MK - (high_MK << 7)]).astype(jnp.int8), peak_M
-
-
 @functools.partial(jax.jit, static_argnames=("rows", "swiglu", "config", "interpret"))
 def product(x_MK, w_LPENK, scale_LPEN, index_1, matrix_B, count_1, *, rows, swiglu=False,
             config=None, interpret=False):
     """Blocks of `rows` rows of x, each times its own matrix (or pair of matrices).
 
     Args:
-      x_MK: bfloat16, M = blocks · rows.
+      x_MK: bfloat16, M = blocks · rows; or what `two_parts_of` makes of such rows.
       w_LPENK: int8: layers, one or two matrices that a block takes together, experts, out, in.
       scale_LPEN: float32.
       index_1, matrix_B, count_1: int32: the layer, each block's expert, how many blocks count.
@@ -86,7 +74,9 @@ def product(x_MK, w_LPENK, scale_LPEN, index_1, matrix_B, count_1, *, rows, swig
       float32 [P, N, M], or bfloat16 [N, M] with `swiglu`; what lies beyond the blocks that count
       may be anything.
     """
-    (M, K), (P, E, N) = x_MK.shape, w_LPENK.shape[1:4]
+    # What makes plain rows fuses into the programs that cut them.
+    parts_2MK, peak_M = x_MK if isinstance(x_MK, tuple) else two_parts(x_MK)
+    (M, K), (P, E, N) = parts_2MK.shape[1:], w_LPENK.shape[1:4]
     config = config or Config()
     # Measured on an H200: 64 columns beat 128 for 1, 16, 64 and 256 tokens of experts (1: 110 us
     # beside 118, 64: 1,367 beside 1,437), and for 1 and 64 rows of the matrices of attention.
@@ -98,7 +88,6 @@ def product(x_MK, w_LPENK, scale_LPEN, index_1, matrix_B, count_1, *, rows, swig
     stages = min(steps, config.stages or max(2, _shared_memory(tiles * splits) // one))
     fused = swiglu and splits == 1
     bf16, f32, int8 = jnp.bfloat16, jnp.float32, jnp.int8
-    parts_2MK, peak_M = two_parts(x_MK)
 
     def int8_product(index, matrices, count, x, w, scale, peak, y, *, x_smem, w_smem, full,
                      done, out_smem=None):

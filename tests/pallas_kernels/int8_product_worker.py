@@ -20,7 +20,7 @@ import numpy as np
 from pallas_kernels import dispatch
 from pallas_kernels.experts import hit_int8_mosaic_gpu, reference
 from pallas_kernels.grouped_matmul.stacked import Stacked
-from pallas_kernels.int8_product import api, mosaic_gpu
+from pallas_kernels.int8_product import api, mosaic_gpu, rows
 from pallas_kernels.quantized import QuantizedTensor, TurnedTensor
 from tests.pallas_kernels import hit_mosaic_gpu_worker as hit
 from tests.pallas_kernels import hopper
@@ -36,7 +36,25 @@ def interpret(case):
 
     how = plgpu.InterpretGPUParams(detect_races=True)
     what, kind = case.split("/")
-    return dense(int(kind), how) if what == "dense" else experts(kind, CONFIGS[what], how)
+    if what in ("dense", "rows"):
+        return {"dense": dense, "rows": gathered}[what](int(kind), how)
+    return experts(kind, CONFIGS[what], how)
+
+
+def gathered(K, how):
+    """How far rows cut by the kernel are from those that XLA cuts."""
+    rng = np.random.default_rng(K)
+    x = rng.standard_normal((4, K)) * np.exp(rng.standard_normal((4, 1)))
+    x = jnp.asarray(x, jnp.bfloat16).at[1].set(0).at[3, 5].set(jnp.nan)
+    source = jnp.array([2, 0, 0, 3, 1, 2])
+    (parts, peaks), wanted = rows.two_parts_of(x, source, interpret=how), rows.two_parts(x[source])
+    alone = rows.two_parts_of(x, interpret=how)
+    assert (np.asarray(alone[0])[:, 2] == np.asarray(parts)[:, 0]).all() and alone[1][1] == 0
+    assert np.isnan(peaks[3]) and np.isfinite(np.delete(peaks, 3)).all(), peaks
+    kept = np.array([0, 1, 2, 4, 5])  # integers of a row that is no number may be any
+    return max(float(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max())
+               for a, b in ((parts[:, kept], wanted[0][:, kept]),
+                            (peaks[kept], wanted[1][kept])))
 
 
 def dense(M, how):

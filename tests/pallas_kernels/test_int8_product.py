@@ -15,12 +15,12 @@ from mmx.quant import contracted_axes, quantize, turn
 from pallas_kernels import tuning
 from pallas_kernels.grouped_matmul.stacked import Stacked, cut
 from pallas_kernels.int8_product.api import int8_product
-from pallas_kernels.int8_product.mosaic_gpu import MOST, two_parts
+from pallas_kernels.int8_product.rows import MOST, two_parts
 from pallas_kernels.quantized import QuantizedTensor, TurnedTensor, dequantize
 from tests.pallas_kernels import hopper
 from tests.tolerances import assert_close, bound
 
-INTERPRETED = ["dense/1", "dense/33", "dense/70"] + [
+INTERPRETED = ["rows/128", "rows/384", "rows/1024", "dense/1", "dense/33", "dense/70"] + [
     f"{what}/{kind}" for what in ("experts", "one_pass")
     for kind in ("even", "skewed", "nobody", "one_token", "one_nobody")] + ["narrow/skewed"]
 COMPILED = [f"{what}/{T}" for what in ("dense", "experts") for T in (1, 64, 256)]
