@@ -193,6 +193,13 @@ def draw(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
         log.note(f"no plot: {error}")
 
 
+def _asked(plan: Plan, first: Mapping[str, Any]) -> tuple[ModelConfig, str, list]:
+    """Geometry, dtype and rows of a run by a record of our side."""
+    full = first["device"]["platform"] != "cpu"
+    _, config = geometry(dataclasses.replace(plan, model=first["model"]), full)
+    return config, first["ceilings"]["product_dtype"], jobs(plan, full)
+
+
 def _beside(plan: Plan, say, config_gin: str):
     """Both sides in processes that take turns; this one never opens the device."""
     from mmx.bench import records, report, turns, whole
@@ -206,17 +213,16 @@ def _beside(plan: Plan, say, config_gin: str):
     interrupted = None
     try:
         for _ in range(turns.TURNS):
-            mine += turns.ours(config_gin)
+            turns.ours(config_gin, mine)
             # What this device runs where nothing is asked is known once our side has run.
-            first = mine[0]
-            full, dtype = first["device"]["platform"] != "cpu", first["ceilings"]["product_dtype"]
-            name, config = geometry(dataclasses.replace(plan, model=first["model"]), full)
-            asked = jobs(plan, full)
-            theirs += turns.transformers(config, dtype, plan.seed, plan.method, asked)
+            config, dtype, asked = _asked(plan, mine[0])
+            turns.transformers(config, dtype, plan.seed, plan.method, asked, theirs)
     except KeyboardInterrupt as error:
         if not mine:
             raise
-        interrupted = error  # the turns that were made are told first
+        interrupted = error  # what was measured is told first
+    first = mine[0]
+    config, dtype, asked = _asked(plan, first)
     facts = {key: first[key] for key in records.FACTS} | {"command": records.command()}
     facts["versions"] = first["versions"] | records.versions("", plan.peers)
     facts["method"] = first["method"] | {

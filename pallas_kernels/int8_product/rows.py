@@ -39,7 +39,8 @@ def two_parts_of(x_TK, source_M=None, *, interpret=False):
     def int8_rows(x, *refs):
         *source, parts, peaks = refs
         m = lax.axis_index("row")
-        row = load(x.at[source[0][m] if source else m], layout=layout, optimized=False).astype(jnp.float32)
+        own = x.at[source[0][m] if source else m]
+        row = load(own, layout=layout, optimized=False).astype(jnp.float32)
         peak = jnp.max(jnp.abs(row))
         for part, ref in zip(_cut(row, peak), (parts.at[0, m], parts.at[1, m]), strict=True):
             ref[...] = part.astype(jnp.int8)

@@ -223,25 +223,28 @@ def test_transformers_takes_turns(tmp_path):
         assert "--peers=transformers" in one["command"] and "torch" in one["versions"]
 
 
-def test_an_interrupt_beside_a_peer_keeps_our_turn(bench, monkeypatch, tmp_path):
+@pytest.mark.parametrize("told", [False, True], ids=["before", "after its record"])
+def test_an_interrupt_beside_a_peer_keeps_what_was_told(bench, monkeypatch, tmp_path, told):
     from mmx.bench import turns
 
     _, out, _ = bench("decode", "--batch=1", "--context=8", "--json")
     ours = [json.loads(line) for line in out.splitlines()]
 
     def interrupted(*arguments):
+        if told:
+            arguments[-1].append(ours[2])
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(peers, "check", lambda names, subject: names)
-    monkeypatch.setattr(turns, "ours", lambda config_gin: ours)
+    monkeypatch.setattr(turns, "ours", lambda config_gin, into: into.extend(ours))
     monkeypatch.setattr(turns, "transformers", interrupted)
     code, out, _ = bench("decode", "--batch=1", "--context=8", "--peers=transformers",
                          f"--output={tmp_path}")
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert code == 130 and not out
     assert [(one["implementation"], one.get("error")) for one in rows[2:]] == [
-        ("mmx", None), ("transformers", "No turn told a figure.")]
-    assert rows[2]["samples_ms"] == ours[2]["samples_ms"]
+        ("mmx", None), ("transformers", None if told else "No turn told a figure.")]
+    assert all(row["samples_ms"] == ours[2]["samples_ms"] for row in rows[2:3 + told])
 
 
 def test_jobs_by_device():
