@@ -11,6 +11,7 @@ launch to its first byte of text, with an empty and with a filled compilation ca
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -39,6 +40,10 @@ def main():
     parser.add_argument("--skip_cold_start", action="store_true")
     parser.add_argument("--worker", choices=("mmx", "transformers"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    for module in ("torch", "transformers") if args.only != "mmx" else ():
+        if importlib.util.find_spec(module) is None:
+            parser.error(f"{module} is not installed. Run pip install -e '.[parity]', or measure "
+                         "mmx alone with --only=mmx.")
     if args.worker:
         serve(args.worker, args.model)
         return

@@ -64,6 +64,8 @@ def main():
     parser.add_argument("--seconds", type=float, default=140, help="start nothing after so long")
     parser.add_argument("--only", default="check,time", help="of check, time, or once")
     args = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        parser.error("this measures kernels for NVIDIA GPUs; jax finds none here.")
     run, device = Run(args.seconds), jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}", flush=True)
     if args.only == "once":

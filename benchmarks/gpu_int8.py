@@ -46,6 +46,8 @@ def main():
     parser.add_argument("--seconds", type=float, default=200, help="start nothing after so long")
     parser.add_argument("--only", default="check,experts,dense")
     args = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        parser.error("this measures kernels for NVIDIA GPUs; jax finds none here.")
     run, device = Run(args.seconds), jax.devices()[0]
     block = jnp.ones(1 << 28, jnp.float32)
     rate = 2 * block.nbytes / median_ms(jax.jit(lambda x: x + 1), block) / 1e6

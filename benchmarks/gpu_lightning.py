@@ -75,6 +75,8 @@ def main():
     parser.add_argument("--bandwidth", type=float, default=4243, help="GB/s of a device's copy")
     parser.add_argument("--only", default="check,forward,packed,backward,decode,splits")
     args = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        parser.error("this measures kernels for NVIDIA GPUs; jax finds none here.")
     run = Run(args.seconds, args.bandwidth)
     started, only = time.time(), args.only.split(",")
     device = jax.devices()[0]

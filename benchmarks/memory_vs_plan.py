@@ -22,6 +22,7 @@ peak just before the program first runs: where `measured` is no larger, it says 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -232,6 +233,8 @@ def main(argv: Sequence[str]) -> int:
     which.add_argument("--child", choices=("plan", "measure"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     rows = [f"{row}/{args.mesh}" if args.mesh else row for row in args.rows.split(",")]
+    if not (args.child or args.plan_only or args.join) and shutil.which("nvidia-smi") is None:
+        parser.error("there is no nvidia-smi, so no GPU to measure. --plan_only does without one.")
     if args.child == "plan":
         write(args.output, plan(rows, args.geometry, args.pod))
         return 0

@@ -9,12 +9,17 @@ Needs matplotlib (the dev extra).
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-import matplotlib
+try:
+    import matplotlib
+except ImportError:
+    print("plot_nano.py: matplotlib is not installed. Run: pip install matplotlib", file=sys.stderr)
+    sys.exit(2)
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS_PER_STEP = 64 * 2048

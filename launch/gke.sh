@@ -82,7 +82,7 @@ validate() {
 
 # Sets SLICES, HOSTS, CHIPS (of one host), KIND (platform of env.sh) and the node selector.
 read_pod() {
-  local rest=$POD chip shape size total=1
+  local rest=$POD chip shape size total=1 sides
   check --pod "$POD" '([1-9][0-9]*\*)?[a-z0-9]+:[1-9][0-9]*(x[1-9][0-9]*)*' \
     "CHIP:TOPOLOGY, as in v6e:4x8, v5p:2x2x4 or h200:2x8 (hosts x GPUs)."
   SLICES=1
@@ -107,6 +107,17 @@ read_pod() {
     v5e:?x? | v5e:?x?? | v5e:??x?? | v6e:?x? | v6e:?x?? | v6e:??x??) ;;
     v5p:*x*x* | tpu7x:*x*x*) ;;
     *) fail "--pod='$POD': v5e and v6e lie in two dimensions (4x8), v5p and tpu7x in three (2x2x4)." ;;
+  esac
+  # As `mmx plan` has it: hosts are squares of 2x2 chips.
+  case $shape in
+    1x1 | 1x1x1) ;;
+    *)
+      IFS=x read -ra sides <<<"$shape"
+      for size in "${sides[@]:0:2}"; do
+        [ $((size % 2)) = 0 ] ||
+          fail "--pod='$POD' is no whole number of hosts: a host holds 2x2 chips. For example v6e:4x8."
+      done
+      ;;
   esac
   # Hosts of several-host slices hold 4 chips; one host alone may hold 1 or 8.
   CHIPS=4

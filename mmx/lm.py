@@ -1,7 +1,7 @@
 """A language model in one object: load, score, generate, stream, save."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,9 @@ class LM:
         Raises UserError for a prompt or setting that cannot be used, before anything runs.
         """
         params = _sampling(sampling)
+        if not isinstance(prompts, str | Iterable):
+            raise UserError(f"A prompt cannot be a {type(prompts).__name__}.",
+                            "It is a text or a list of token ids.", "Pass one, or a list of them.")
         prompts = [prompts] if _is_prompt(prompts) else list(prompts)
         requests = [Request(i, self._ids(prompt), params) for i, prompt in enumerate(prompts)]
         if not requests:
@@ -166,7 +169,7 @@ def load(path_or_id: str | Path = "nano", *, dtype: str | None = None,
     shardings = None if mesh is None else partial(_shardings, mesh=mesh)
     if not random_weights:
         if mesh is None:
-            _check_room(path_or_id, load_config(path_or_id), dtype, quantize)
+            check_room(path_or_id, load_config(path_or_id), dtype, quantize)
         directory = locate(path_or_id)
         tokenizer = load_tokenizer(directory)
         config, params = load_params(
@@ -183,7 +186,7 @@ def load(path_or_id: str | Path = "nano", *, dtype: str | None = None,
         config, directory = load_config(path_or_id), locate(path_or_id, weights=False)
         tokenizer = load_tokenizer(directory)
     if mesh is None:
-        _check_room(path_or_id, config, dtype, None)  # quantised only once drawn
+        check_room(path_or_id, config, dtype, None)  # quantised only once drawn
     params = model.init_params(config, jax.random.key(seed), dtype,
                                None if shardings is None else shardings(config))
     if quantize:
@@ -197,7 +200,7 @@ def default_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def _check_room(name, config: ModelConfig, dtype: str, quantize: str | None) -> None:
+def check_room(name, config: ModelConfig, dtype: str, quantize: str | None) -> None:
     """Refuses weights that the default device cannot hold, before any is fetched or drawn."""
     from mmx.quant import abstract_params
 

@@ -54,6 +54,7 @@ def test_logits_are_those_of_the_model(lm):
     (lambda lm: lm.generate("A", max_token=3), "max_token"),
     (lambda lm: lm.generate("A", temperature=-1), "temperature"),
     (lambda lm: lm.generate([[96]]), "vocabulary"),
+    (lambda lm: lm.generate(5), "A prompt cannot be a int"),
     (lambda lm: lm.logits([[96]]), "token ids"),
     (lambda lm: lm.logits([[5, 6], [7]]), "all sequences of one length"),
     (lambda lm: lm.logits([["a"]]), "whole numbers"),

@@ -28,6 +28,7 @@ import numpy as np
 from mmx.cache import init_cache
 from mmx.checkpoint import load_params
 from mmx.data.recall import Haystack, needle_prompts
+from mmx.errors import UserError
 from mmx.model import forward, step
 from mmx.text import load_tokenizer
 
@@ -157,6 +158,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="", help="default float32 on CPU, else bfloat16")
     args = parser.parse_args()
+    if not args.heldout.is_file():
+        parser.error(f"there is no file {args.heldout}. It holds a document a line, as "
+                     "launch/nano/gather.py writes it; --heldout names another.")
     cpu = jax.default_backend() == "cpu"
     dtype = args.dtype or ("float32" if cpu else "bfloat16")
     rows = args.rows or (8 if cpu else 50)
@@ -217,4 +221,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -51,7 +51,8 @@ def failure(error: RecordError, *, line: int, index: int, run: str) -> dict[str,
     """Returns the output line of a record that cannot be answered; it names the input's line."""
     message = f"line {line}: {error}"
     if error.kind == PLAIN:
-        return {"id": error.id if error.id is not None else index, "error": message, "line": line}
+        # Without an id `line` tells which: a number made up could be another record's own.
+        return {"id": error.id, "error": message, "line": line}
     body = {"error": {"message": message, "type": "invalid_request_error", "param": None,
                       "code": None}}
     return _openai(error.id, run, index, 400, body)

@@ -75,6 +75,13 @@ def select(cases: Sequence[Case], what: Sequence[str], shapes: Sequence[str]) ->
     return [case for case in kept if not shapes or case.shape in shapes]
 
 
+def compared(cases: Sequence[Case]) -> list[str]:
+    """The operations of `OPS` that these cases time, or whose states they address by slots."""
+    ops = {"lightning_attention" if case.op == "lightning_decode_slots" else case.op
+           for case in cases}
+    return [op for op in OPS if op in ops]
+
+
 def measure(case: Case, named: Sequence[str], method: Method, ceilings: Ceilings, seed: int,
             peers: Callable[[Case], dict[str, Callable[[], Run]]] = lambda case: {}) -> list[dict]:
     """Times one case; a row for each implementation and peer."""

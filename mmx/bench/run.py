@@ -92,6 +92,7 @@ class _Bench:
     def _validate(self) -> None:
         """What can be refused before anything is measured."""
         from mmx.bench import cases, kernels
+        from mmx.lm import check_room
 
         plan = self.plan
         if plan.bench == "kernels":
@@ -101,6 +102,7 @@ class _Bench:
                                         plan.shapes)
         else:
             self.jobs = jobs(plan, self.full)
+            check_room(self.name, self.config, self.dtype, plan.quantize)
 
     def kernels(self) -> None:
         from mmx.bench import check, kernels, peers
@@ -108,8 +110,9 @@ class _Bench:
         plan = self.plan
         peer = peers.fla(self.config, plan.seed) if "fla" in plan.peers else (lambda case: {})
         if plan.check:
-            self._check(check.Comparison(check.trials(self.config, plan.seed, check.LENGTHS),
-                                         plan.implementations))
+            self._check(check.Comparison(
+                check.trials(self.config, plan.seed, check.LENGTHS, kernels.compared(self.cases)),
+                plan.implementations))
         if not plan.method.rounds:
             return
         with Progress(len(self.cases), "cases", title="bench") as bar:

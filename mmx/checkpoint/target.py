@@ -34,7 +34,7 @@ def check_target(directory: str | Path, overwrite: bool) -> None:
     if found and not overwrite:
         raise UserError(f"{directory} exists and is not empty.",
                         "A checkpoint is not written over other files.",
-                        "Name another directory, or overwrite it (--overwrite).")
+                        "Name another directory, or overwrite it (--overwrite, overwrite=True).")
     for path in found:
         if not _is_ours(path):
             raise UserError(f"{directory} holds '{path.name}', which is no part of a checkpoint.",

@@ -67,7 +67,21 @@ def configure(name: str, files: list[str], params: list[str], given: Mapping[str
         gin.bind_parameter(f"{name}.{field}", value)
     made = _guarded(_made[name])
     _refuse_idle(name, parts)
+    _refuse_idle_macros(name, params)
     return made
+
+
+def _refuse_idle_macros(name: str, params: list[str]) -> None:
+    """`max_tokens=2` makes a macro, which nothing uses, where `generate.max_tokens=2` is meant."""
+    fields = {field.name for field in dataclasses.fields(_classes[name])}
+    typed = {found[1] for param in params if (found := re.match(r"\s*(\w+)\s*=", param))}
+    used = {scope for scope, selector in gin.config._OPERATIVE_CONFIG if selector == "gin.macro"}
+    for scope, selector in gin.config._CONFIG:
+        if selector == "gin.macro" and scope not in used and scope in fields | typed:
+            raise UserError(f"gin binds the macro '{scope}', which nothing uses.",
+                            "A parameter is bound as name.parameter = value.",
+                            f"Write {name}.{scope} = …." if scope in fields else
+                            nearest(scope, fields) or f"Use it as %{scope}, or leave it out.")
 
 
 def _refuse_idle(name: str, parts: Collection[str]) -> None:

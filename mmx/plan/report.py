@@ -59,9 +59,20 @@ def text(name: str, fit: Fit, largest: Mapping[str, int | None], others: Sequenc
             lines += ["", f"  None of the {1 + len(others)} likeliest meshes fits; the first here "
                       "needs least."]
         lines += _even(fit)
-        lines += ["", "  More or larger devices, --quantize=int8, or a smaller --batch or "
-                  "--context would need less."]
+        lines += ["", f"  {_less(fit)}"]
     return "\n".join(lines)
+
+
+def _less(fit: Fit) -> str:
+    """What would need less, of what is not done already and would be enough."""
+    job = fit.job
+    ways = ["More or larger devices"]
+    if job.mode != "train" and not job.quantize:
+        ways.append("--quantize=int8")
+    share = meshes.share(job, fit.axes)
+    if (share.held if job.mode == "train" else share.weights) < fit.limit:
+        ways.append("a smaller --batch or --context")
+    return (", ".join(ways[:-1]) + " or " if ways[1:] else "") + f"{ways[-1]} would need less."
 
 
 def _even(fit: Fit) -> list[str]:

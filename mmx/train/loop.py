@@ -143,6 +143,14 @@ class _Run:
             "seq_len": config.seq_len, "seed": config.seed,
         }
 
+    def settings(self) -> dict:
+        """What shapes the updates and may change between the parts of one run, which is told."""
+        config = self.config
+        names = "batch", "accumulate", "steps", "dtype", "aux_coef", "z_coef", "moe_capacity"
+        return {name: getattr(config, name) for name in names} | {
+            f"Optimizer.{name}": value
+            for name, value in dataclasses.asdict(config.optimizer).items()}
+
     def initial_state(self):
         """The state to start from and the number of rows already used."""
         everywhere = steps.replicated(self.mesh)
@@ -153,8 +161,16 @@ class _Run:
         if newest is not None:
             abstract = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), abstract)
+            if newest > self.config.steps:
+                raise UserError(f"{self.run} is at step {newest:,}, beyond steps="
+                                f"{self.config.steps:,}.", "steps counts all updates of a run.",
+                                "Raise steps, or use another run.")
             state, extra = saving.restore(self.run, newest, abstract, self.identity())
             log.note(f"resuming {self.run} at step {newest:,}")
+            before = extra.get("settings", {})
+            for name, now in self.settings().items():
+                if (was := before.get(name, now)) != now:
+                    log.note(f"{name} was {was!r} and is {now!r} from step {newest + 1:,} on")
             return state, extra["rows"]
         shardings = dict.fromkeys(specs, everywhere)
         if self.config.init_from:
@@ -341,8 +357,8 @@ class _Run:
 
     def _save(self, step: int, state, rows: int) -> None:
         began = time.monotonic()
-        saving.save(self.run, step, state, {"rows": rows, "identity": self.identity()},
-                    self.config.keep, self.model_config)
+        extra = {"rows": rows, "identity": self.identity(), "settings": self.settings()}
+        saving.save(self.run, step, state, extra, self.config.keep, self.model_config)
         self.save_seconds = max(self.save_seconds, time.monotonic() - began)
 
     def _export(self, params, why: str) -> Path | None:

@@ -189,7 +189,7 @@ def test_broken_lines_are_told_and_the_rest_is_done(tmp_path, capsys):
         assert words in told
     found = lines(tmp_path / "out.jsonl")
     assert [(one["id"], "error" in one) for one in found] == [
-        ("a", False), (1, True), ("c", True), ("d", True), ("e", False)]
+        ("a", False), (None, True), ("c", True), ("d", True), ("e", False)]
     assert found[1]["line"] == 3 and "line 3" in found[1]["error"]
 
 

@@ -115,6 +115,10 @@ def test_check_alone(bench, monkeypatch):
     assert code == 0 and all(one["passed"] for one in rows[2:])
     assert {one["operation"] for one in rows[2:]} == {
         "check_lightning_attention", "check_grouped_matmul", "check_attention"}
+    code, out, _ = bench("kernels", "--check", "--rounds=0", "--implementation=xla", "--json",
+                         "--what=lightning_decode_slots,context")
+    assert code == 0 and {json.loads(line)["operation"] for line in out.splitlines()[2:]} == {
+        "check_lightning_attention"}
     monkeypatch.setattr("mmx.bench.check.LIMITS", {"float32": 1e-12})
     code, out, _ = bench("kernels", "--check", "--rounds=0", "--implementation=tiled")
     assert code == 1 and "FAILED" in out

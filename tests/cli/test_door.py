@@ -87,6 +87,10 @@ def test_every_setting_of_our_verbs_is_described():
     (["generate", "--gin_param=generate.stop=(1,"],
      "a bracket or a quote is not closed (--gin_param=generate.stop=(1,)."),
     (["generate", "--gin_param=generate.model=%WHICH"], "The gin macro %WHICH has no value."),
+    (["generate", "--gin_param=max_tokens = 2"],
+     "gin binds the macro 'max_tokens', which nothing uses. A parameter is bound as name.parameter "
+     "= value. Write generate.max_tokens = …."),
+    (["generate", "--gin_param=max_token=2"], "Did you mean 'max_tokens'?"),
     (["generate", "--gin_param=generate.model=@which()"], "gin knows no name 'which'"),
     (["generate", "--gin_param=include 'nope.gin'"], "There is no gin file 'nope.gin'"),
     (["generate", "--gin_param=import nope_nope"], "gin cannot read the configuration"),
@@ -110,6 +114,14 @@ def test_mistakes_are_one_sentence(mmx, monkeypatch, tmp_path, argv, words):
     code, out, err = mmx(*argv)
     assert (code, out) == (2, "") and words in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_name_without_its_verb_in_a_gin_file_is_told(mmx, tmp_path):
+    path = tmp_path / "a.gin"
+    # Macros for other verbs may stand unused in a file; names of parameters may not.
+    path.write_text("OTHER = 3\ntop_p = 0.5\n")
+    code, out, err = mmx("generate", f"--gin_file={path}")
+    assert (code, out) == (2, "") and "Write generate.top_p = …." in err and "OTHER" not in err
 
 
 @pytest.mark.parametrize("text, line, words", [

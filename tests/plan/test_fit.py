@@ -100,7 +100,18 @@ def test_the_report_names_what_fits_and_what_travels():
     sent = [line.split() for line in text.splitlines() if "all-reduce" in line][0]
     assert sent == ["tensor", "all-reduce", "160", "280.00"]  # 2 · 7/8 of a MiB, 160 times
     text = report.text("text01", a_fit(40.0), {}, [])
-    assert "DOES NOT FIT" in text and "8.76 too much" in text and "--quantize=int8" in text
+    assert "DOES NOT FIT" in text and "8.76 too much" in text
+    # 26.6 GiB of weights a chip alone: fewer rows can be enough.
+    assert ("More or larger devices, --quantize=int8 or a smaller --batch or --context would need "
+            "less.") in text
+
+
+@pytest.mark.parametrize("job, words", [
+    (Job(TEXT01, quantize="int8"), "More or larger devices or a smaller --batch or --context"),
+    (Job(TEXT01, mode="train", batch=32), "More or larger devices would need less.")], ids=str)
+def test_only_what_can_help_is_advised(job, words):
+    one = dataclasses.replace(a_fit(40.0), job=job)
+    assert f"  {words}" in report.text("text01", one, {}, [])
 
 
 def test_json_has_every_part():

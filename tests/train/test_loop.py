@@ -112,6 +112,19 @@ def test_a_killed_run_resumes_from_its_last_whole_checkpoint(settings, whole, tm
     assert [line["step"] for line in records(config)] == [5, 10, 10, 15, 20, 20]
 
 
+def test_settings_that_change_between_parts_are_told(settings, whole, tmp_path, capsys):
+    config = dataclasses.replace(settings, run=str(tmp_path / "run"))
+    shutil.copytree(settings.run, config.run)
+    faster = dataclasses.replace(settings.optimizer, peak_lr=2e-2)
+    assert train(dataclasses.replace(config, steps=21, batch=8, optimizer=faster)).step == 21
+    told = [line for line in capsys.readouterr().err.splitlines() if " was " in line]
+    assert told == ["batch was 4 and is 8 from step 21 on",
+                    "steps was 20 and is 21 from step 21 on",
+                    "Optimizer.peak_lr was 0.01 and is 0.02 from step 21 on"]
+    with pytest.raises(UserError, match="is at step 21, beyond steps=20"):
+        train(config)
+
+
 def test_a_run_out_of_minutes_saves_and_goes_on(settings, whole, tmp_path, capsys):
     config = dataclasses.replace(settings, run=str(tmp_path / "run"), max_minutes=1e-6)
     outcome = train(config)
