@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.costs import kernel_cost
 from pallas_kernels.grouped_matmul import tiles
 from pallas_kernels.grouped_matmul.mosaic_gpu_items import items_of
+from pallas_kernels.grouped_matmul.mosaic_gpu_pace import keep_pace
 from pallas_kernels.grouped_matmul.stacked import stack
 from pallas_kernels.lightning_attention.mosaic_gpu_block import load, transposed
 from pallas_kernels.once import once
@@ -46,6 +47,7 @@ class Config:
       cluster: 2 lets two neighbouring blocks load once what both need: `shared`.
       shared: "x", and they take neighbouring bands; or "w", and they take neighbouring rows, up to
         twice `rows` of them.
+      paced: before each item the first half of the programs waits for the other (`mosaic_gpu_pace`).
       blocks: how many blocks run; an H200 has 132 multiprocessors.
     """
 
@@ -55,6 +57,7 @@ class Config:
     together: int = 16
     cluster: int = 1
     shared: str = "x"
+    paced: bool = False
     blocks: int = 132
 
 
@@ -71,6 +74,7 @@ class _Shape:
     stages: int
     cluster: int
     shared: str
+    paced: bool
     programs: int
     turned: bool  # each matrix lies [F, D]
     scaled: bool
@@ -141,7 +145,7 @@ def _run(x_MD, weight, group_sizes_E, parts, config, interpret, turned, scale_EF
     M = x_MD.shape[0]
     programs = max(config.blocks // config.cluster, 1)
     s = _Shape(parts, E, D, F, half, columns, config.stages, config.cluster, config.shared,
-               programs, turned, scale_EF is not None, bool(interpret))
+               config.paced and not interpret, programs, turned, scale_EF is not None, bool(interpret))
     items, count = items_of(group_sizes_E, M, config.rows * taller, F // (columns * wider),
                             config.together, parts == 1, _UNIT * taller, programs)
     header = jnp.concatenate([count.reshape(1), layer_1])
@@ -178,10 +182,11 @@ def _call(s: _Shape, header, items, x_MD, w, scale, *, interpret):
         cluster = {}
 
     def kernel(*refs, **scratch):
-        names = ("header", "items", "x", "w", "scale", "out")
+        names = ("header", "items", "x", "w", "scale", *["pace"] * s.paced, "out")
         _Block(s, dict(zip(names, refs, strict=True)) | scratch).run()
 
     kernel.__name__ = "grouped_swiglu" if s.parts == 2 else "grouped_matmul"
+    pace = [jax.new_ref(jnp.zeros(1 + s.programs, jnp.int32))] if s.paced else []
     run = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((x_MD.shape[0], s.F), bf16),
@@ -202,7 +207,7 @@ def _call(s: _Shape, header, items, x_MD, w, scale, *, interpret):
     )
     M, weights = x_MD.shape[0], s.E * s.parts * s.D * s.F
     with kernel_cost(2 * M * s.parts * s.D * s.F, 2 * (weights + M * (s.D + s.F))):
-        return run(header, items, x_MD, w, scale)
+        return run(header, items, x_MD, w, scale, *pace)
 
 
 def _turn(s: _Shape, inner, column):
@@ -266,6 +271,8 @@ class _Block:
     def load(self, item, step):
         s, refs = self.s, self.refs
         expert, start, rows, column, steps = item
+        if s.paced:
+            keep_pace(refs["pace"], s.programs)
         both = {name: dict(collective_axes="cluster") if s.cluster > 1 and s.shared == name else {}
                 for name in "xw"}
 
