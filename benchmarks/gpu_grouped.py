@@ -42,6 +42,8 @@ E, D, F, LIMIT = 32, 6144, 9216, 4e-3
 OURS = {"listed": None, "256 rows": Config(rows=256),
         "256 rows, x shared": Config(rows=256, cluster=2),
         "256 rows, w shared": Config(rows=256, cluster=2, shared="w"),
+        "256 rows, paced": Config(rows=256, together=4, paced=True),
+        "256 rows, x shared, paced": Config(rows=256, together=4, cluster=2, paced=True),
         "128 rows": Config(), "128 rows, 3 stages": Config(stages=3),
         "128 rows, w shared": Config(cluster=2, shared="w")}
 CORE = 2  # how many of ours are timed first, everywhere
@@ -224,7 +226,7 @@ def at_width(run, checking, timing):
     if checking:
         sizes = skewed(4096)
         sizes[3], sizes[4] = 0, sizes[4] - 5
-        for name in ("256 rows", "256 rows, w shared"):
+        for name in ("256 rows", "256 rows, w shared", "256 rows, paced"):
             for parts, w in ((2, up), (1, down[None])):
                 x = draw(jax.random.key(2), (4096, w.shape[-2]), 1.0)
                 run.attempt("width", compare, run, f"model's width, {name}, {parts} products",

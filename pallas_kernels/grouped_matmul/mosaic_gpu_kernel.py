@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.costs import kernel_cost
 from pallas_kernels.grouped_matmul import tiles
 from pallas_kernels.grouped_matmul.mosaic_gpu_items import items_of
-from pallas_kernels.grouped_matmul.mosaic_gpu_pace import keep_pace
+from pallas_kernels.grouped_matmul.mosaic_gpu_pace import AVAILABLE, keep_pace
 from pallas_kernels.grouped_matmul.stacked import stack
 from pallas_kernels.lightning_attention.mosaic_gpu_block import load, transposed
 from pallas_kernels.once import once
@@ -47,7 +47,7 @@ class Config:
       cluster: 2 lets two neighbouring blocks load once what both need: `shared`.
       shared: "x", and they take neighbouring bands; or "w", and they take neighbouring rows, up to
         twice `rows` of them.
-      paced: before each item the first half of the programs waits for the other (`mosaic_gpu_pace`).
+      paced: programs ahead of the others wait before an item (`mosaic_gpu_pace`); from jax 0.11 on.
       blocks: how many blocks run; an H200 has 132 multiprocessors.
     """
 
@@ -145,7 +145,8 @@ def _run(x_MD, weight, group_sizes_E, parts, config, interpret, turned, scale_EF
     M = x_MD.shape[0]
     programs = max(config.blocks // config.cluster, 1)
     s = _Shape(parts, E, D, F, half, columns, config.stages, config.cluster, config.shared,
-               config.paced and not interpret, programs, turned, scale_EF is not None, bool(interpret))
+               config.paced and AVAILABLE and not interpret, programs, turned,
+               scale_EF is not None, bool(interpret))
     items, count = items_of(group_sizes_E, M, config.rows * taller, F // (columns * wider),
                             config.together, parts == 1, _UNIT * taller, programs)
     header = jnp.concatenate([count.reshape(1), layer_1])

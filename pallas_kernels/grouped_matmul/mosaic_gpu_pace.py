@@ -12,6 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
+# Arrays that a kernel changes in place came with jax 0.11, as the interpreter did.
+AVAILABLE = hasattr(plgpu, "InterpretGPUParams")
 POLLS = 32  # of about 0.7 us
 
 # One thread of the first block of a program: $0 counts items begun, and behind it each program's.

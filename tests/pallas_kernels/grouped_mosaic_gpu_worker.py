@@ -148,8 +148,10 @@ def compile_one(case):
         return kernel(x, Stacked(w, layer), sizes, config=REAL[name])
 
     with dispatch.compiling_for("gpu"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(function).lower(x, w, array((), jnp.int32), array((E,), jnp.int32))
-    return {"temp": lowered.compile().memory_analysis().temp_size_in_bytes}
+        traced = jax.jit(function).trace(x, w, array((), jnp.int32), array((E,), jnp.int32))
+        lowered = traced.lower()
+    return {"temp": lowered.compile().memory_analysis().temp_size_in_bytes,
+            "paced": "inline_mgpu" in str(traced.jaxpr)}
 
 
 if __name__ == "__main__":

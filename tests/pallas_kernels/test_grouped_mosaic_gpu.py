@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul import mosaic_gpu_kernel
+from pallas_kernels.grouped_matmul import mosaic_gpu_kernel, mosaic_gpu_pace
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.grouped_matmul.mosaic_gpu_items import items_of
 from tests.pallas_kernels import hopper
@@ -22,7 +22,8 @@ INTERPRETED = [*(f"{kind}/{name}" for kind in ("matmul", "swiglu") for name in N
                "gradient/matmul", "gradient/swiglu"]
 COMPILED = ["matmul/4096/public", "swiglu/4096/public", "matmul/32768/cluster",
             "swiglu/32768/cluster", "matmul/32768/cluster_rows", "swiglu/32768/cluster_rows",
-            "matmul/32768/wide_rows", "swiglu/32768/wide_rows"]
+            "matmul/32768/wide_rows", "swiglu/32768/wide_rows", "matmul/32768/public",
+            "swiglu/32768/public"]
 INT8 = ["matmul/32768/int8", "swiglu/32768/int8"]
 work = partial(hopper.work, "grouped_mosaic_gpu_worker")
 
@@ -51,6 +52,14 @@ def test_interpreted_equals_float64(interpreted, case):
     kind = "gradient" if case.startswith("gradient") else "kernel"
     for what, error in interpreted[case].items():
         assert error if isinstance(error, bool) else error <= bound(kind, jnp.bfloat16), what
+
+
+@pytest.mark.gpu_aot
+@pytest.mark.parametrize("case, paced", [
+    ("matmul/4096/public", False), ("matmul/32768/public", True), ("swiglu/32768/public", True),
+    ("swiglu/32768/cluster", False)], ids=str)
+def test_many_rows_of_the_models_widths_keep_pace(compiled, case, paced):
+    assert compiled[case]["paced"] == (paced and mosaic_gpu_pace.AVAILABLE)
 
 
 @pytest.mark.gpu_aot
