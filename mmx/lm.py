@@ -169,7 +169,7 @@ def load(path_or_id: str | Path = "nano", *, dtype: str | None = None,
     shardings = None if mesh is None else partial(_shardings, mesh=mesh)
     if not random_weights:
         if mesh is None:
-            check_room(path_or_id, load_config(path_or_id), dtype, quantize)
+            memory.check_room(path_or_id, load_config(path_or_id), dtype, quantize)
         directory = locate(path_or_id)
         tokenizer = load_tokenizer(directory)
         config, params = load_params(
@@ -186,7 +186,7 @@ def load(path_or_id: str | Path = "nano", *, dtype: str | None = None,
         config, directory = load_config(path_or_id), locate(path_or_id, weights=False)
         tokenizer = load_tokenizer(directory)
     if mesh is None:
-        check_room(path_or_id, config, dtype, None)  # quantised only once drawn
+        memory.check_room(path_or_id, config, dtype, None)  # quantised only once drawn
     params = model.init_params(config, jax.random.key(seed), dtype,
                                None if shardings is None else shardings(config))
     if quantize:
@@ -198,19 +198,6 @@ def load(path_or_id: str | Path = "nano", *, dtype: str | None = None,
 def default_dtype() -> str:
     """The dtype of weights and activations on this machine's devices where none is asked for."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def check_room(name, config: ModelConfig, dtype: str, quantize: str | None) -> None:
-    """Refuses weights that the default device cannot hold, before any is fetched or drawn."""
-    from mmx.quant import abstract_params
-
-    need = sum(leaf.size * leaf.dtype.itemsize
-               for leaf in jax.tree.leaves(abstract_params(config, dtype, quantize)))
-    have = memory.available_bytes(jax.local_devices()[:1])
-    if need > have:
-        raise UserError(f"The weights of {name} need {memory.human(need)} in {quantize or dtype}.",
-                        f"{memory.human(have)} are available.",
-                        "Quantise them to int8, spread them over a mesh, or free memory.")
 
 
 def _shardings(config: ModelConfig, mesh) -> dict[str, jax.sharding.Sharding]:

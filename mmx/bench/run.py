@@ -92,7 +92,7 @@ class _Bench:
     def _validate(self) -> None:
         """What can be refused before anything is measured."""
         from mmx.bench import cases, kernels
-        from mmx.lm import check_room
+        from mmx.engine.memory import check_room
 
         plan = self.plan
         if plan.bench == "kernels":

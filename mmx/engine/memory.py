@@ -9,6 +9,9 @@ from pathlib import Path
 
 import jax
 
+from mmx.config import ModelConfig
+from mmx.errors import UserError
+
 
 def available_bytes(devices: Sequence[jax.Device] | None = None) -> int:
     """Returns free bytes over `devices` (all local ones if None), or of the host for CPUs.
@@ -22,6 +25,19 @@ def available_bytes(devices: Sequence[jax.Device] | None = None) -> int:
             return host_bytes()
         free += stats["bytes_limit"] - stats["bytes_in_use"]
     return free
+
+
+def check_room(name, config: ModelConfig, dtype: str, quantize: str | None) -> None:
+    """Refuses weights that the default device cannot hold, before any is fetched or drawn."""
+    from mmx.quant import abstract_params
+
+    need = sum(leaf.size * leaf.dtype.itemsize
+               for leaf in jax.tree.leaves(abstract_params(config, dtype, quantize)))
+    have = available_bytes(jax.local_devices()[:1])
+    if need > have:
+        raise UserError(f"The weights of {name} need {human(need)} in {quantize or dtype}.",
+                        f"{human(have)} are available.",
+                        "Quantise them to int8, spread them over a mesh, or free memory.")
 
 
 def host_bytes() -> int:

@@ -9,6 +9,7 @@ On an H100, one layer of a stack, 64 rows of 8,192 keys and 8 of 65,536: cut out
 2.20 ms, by pages 0.73 and 0.73, 99 % of the copy. Shares are tested by a stand-in, not run.
 """
 
+import inspect
 from functools import partial
 
 import jax.numpy as jnp
@@ -73,8 +74,12 @@ def _cudnn(q_BNTH, k_PKSH, v_PKSH, lengths_B, table_B1P1, sums):
 
     B, _, T, H = q_BNTH.shape
     unused = jnp.zeros(0, q_BNTH.dtype)
+    # From jax 0.12 on it takes a function that changes scores, and that one's arguments.
+    changes = "score_mod" in inspect.signature(flash._dot_product_attention).parameters
+    arguments, function = ([()], [None]) if changes else ([], [])
     found = flash._dot_product_attention(
         q_BNTH, k_PKSH, v_PKSH, unused, jnp.full(B, T, jnp.int32), lengths_B, unused, unused,
-        table_B1P1, table_B1P1, H**-0.5, 42, 0.0, (False, False), flash.MaskType.PADDING,
-        flash.AttentionLayout.BNTH.value, None, flash.check_cudnn_version(), sums)
+        table_B1P1, table_B1P1, *arguments, H**-0.5, 42, 0.0, (False, False),
+        flash.MaskType.PADDING, flash.AttentionLayout.BNTH.value, None, *function,
+        flash.check_cudnn_version(), sums)
     return found if sums else (found, None)

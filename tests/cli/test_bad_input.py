@@ -177,7 +177,7 @@ def test_batch_with_a_broken_line(mmx, model, tmp_path):
                   "warning: line 5: The prompt is empty", "3 errors"):
         assert words in err
     lines = [json.loads(line) for line in target.read_text().splitlines()]
-    assert [line["id"] for line in lines] == ["a", 1, "c", "d", "e"]
+    assert [line["id"] for line in lines] == ["a", None, "c", "d", "e"]
     assert ["error" in line for line in lines] == [False, True, True, False, True]
 
 
