@@ -9,8 +9,6 @@ may not run at all while another kernel holds its multiprocessor.
 
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 # Arrays that a kernel changes in place came with jax 0.11, as the interpreter did.
 AVAILABLE = hasattr(plgpu, "InterpretGPUParams")
@@ -56,8 +54,9 @@ def keep_pace(counts, programs: int) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def wait(_, memory):
-        void = ir.Type.parse("!llvm.void")
-        llvm.inline_asm(void, [utils.memref_ptr(memory)], code, "l",
+        # jax's own modules of MLIR, which have no public name.
+        ir, llvm = utils.ir, utils.llvm
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [utils.memref_ptr(memory)], code, "l",
                         has_side_effects=True)
 
     wait(counts)
