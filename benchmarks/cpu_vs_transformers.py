@@ -40,7 +40,7 @@ def main():
     parser.add_argument("--skip_cold_start", action="store_true")
     parser.add_argument("--worker", choices=("mmx", "transformers"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    for module in ("torch", "transformers") if args.only != "mmx" else ():
+    for module in ("torch", "transformers") if args.only != "mmx" and not args.worker else ():
         if importlib.util.find_spec(module) is None:
             parser.error(f"{module} is not installed. Run pip install -e '.[parity]', or measure "
                          "mmx alone with --only=mmx.")

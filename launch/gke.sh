@@ -105,6 +105,7 @@ read_pod() {
   esac
   case $chip:$shape in
     v5e:?x? | v5e:?x?? | v5e:??x?? | v6e:?x? | v6e:?x?? | v6e:??x??) ;;
+    v5p:*x*x*x* | tpu7x:*x*x*x*) fail "--pod='$POD': v5p and tpu7x lie in three dimensions (2x2x4)." ;;
     v5p:*x*x* | tpu7x:*x*x*) ;;
     *) fail "--pod='$POD': v5e and v6e lie in two dimensions (4x8), v5p and tpu7x in three (2x2x4)." ;;
   esac
@@ -115,7 +116,7 @@ read_pod() {
       IFS=x read -ra sides <<<"$shape"
       for size in "${sides[@]:0:2}"; do
         [ $((size % 2)) = 0 ] ||
-          fail "--pod='$POD' is no whole number of hosts: a host holds 2x2 chips. For example v6e:4x8."
+          fail "--pod='$POD' is no whole number of hosts, which hold 2x2 chips: its first sides are even."
       done
       ;;
   esac

@@ -68,9 +68,9 @@ class LM:
         Raises UserError for a prompt or setting that cannot be used, before anything runs.
         """
         params = _sampling(sampling)
-        if not isinstance(prompts, str | Iterable):
-            raise UserError(f"A prompt cannot be a {type(prompts).__name__}.",
-                            "It is a text or a list of token ids.", "Pass one, or a list of them.")
+        scalar = isinstance(prompts, np.ndarray) and not prompts.ndim  # iterable by its type alone
+        if scalar or not isinstance(prompts, Iterable):
+            raise _no_prompt(prompts)
         prompts = [prompts] if _is_prompt(prompts) else list(prompts)
         requests = [Request(i, self._ids(prompt), params) for i, prompt in enumerate(prompts)]
         if not requests:
@@ -123,7 +123,10 @@ class LM:
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
+            try:
+                return [int(token) for token in prompt]
+            except (TypeError, ValueError):
+                raise _no_prompt(prompt) from None
         if self.tokenizer is None:
             raise UserError("This model has no tokenizer.", "A text prompt needs one.",
                             "Give lists of token ids.")
@@ -213,6 +216,11 @@ def _sampling(settings: Mapping[str, Any]) -> SamplingParams:
             raise UserError(f"There is no sampling setting '{name}'.",
                             f"Settings are {', '.join(names)}.", "Correct its name.")
     return SamplingParams(**settings)
+
+
+def _no_prompt(value) -> UserError:
+    return UserError(f"A prompt cannot be {value!r:.60}.", "It is a text or a list of token ids.",
+                     "Pass one, or a list of them.")
 
 
 def _is_prompt(prompts) -> bool:

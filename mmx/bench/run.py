@@ -220,7 +220,7 @@ def _beside(plan: Plan, say, config_gin: str):
             # What this device runs where nothing is asked is known once our side has run.
             config, dtype, asked = _asked(plan, mine[0])
             turns.transformers(config, dtype, plan.seed, plan.method, asked, theirs)
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, UserError) as error:
         if not mine:
             raise
         interrupted = error  # what was measured is told first

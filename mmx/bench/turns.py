@@ -58,6 +58,8 @@ def _lines(command: list[str], stdin: str | None, side: str, into: list[dict]) -
         except BaseException:
             process.kill()  # or leaving would wait for it
             raise
+    if process.returncode:
+        log.note(f"the process of {side} ended with code {process.returncode}")
     if len(into) == before:
         raise UserError(f"The process of {side} ended with code {process.returncode} and no "
                         "figure.", "Its own words are above.",

@@ -55,27 +55,44 @@ def configure(name: str, files: list[str], params: list[str], given: Mapping[str
     file, a syntax error, an unknown name, a refused value, or a part that is bound and not used.
     """
     gin.clear_config()
+    macros: set[str] = set()  # that something refers to, also where a later binding replaces it
     for path in files:
         if not any((root / path).is_file() for root in SEARCH):
             raise UserError(f"There is no gin file '{path}'.",
                             "It is looked for as given and among the configs that mmx ships.",
                             f"Those are {', '.join(shipped())}.")
         _guarded(gin.parse_config_file, path)
+        macros |= _macros()
     for param in params:
         _guarded(gin.parse_config, param, binding=param)
+        macros |= _macros()
     for field, value in given.items():
         gin.bind_parameter(f"{name}.{field}", value)
     made = _guarded(_made[name])
     _refuse_idle(name, parts)
-    _refuse_idle_macros(name, params)
+    _refuse_idle_macros(name, params, macros)
     return made
 
 
-def _refuse_idle_macros(name: str, params: list[str]) -> None:
+def _macros() -> set[str]:
+    """The macros that bound values refer to."""
+    found, values = set(), [one for each in gin.config._CONFIG.values() for one in each.values()]
+    while values:
+        value = values.pop()
+        if isinstance(value, gin.config.ConfigurableReference):
+            scope, _, selector = value.scoped_selector.rpartition("/")
+            found |= {scope} if selector.rpartition(".")[2] == "macro" else set()
+        elif isinstance(value, dict):
+            values += [*value, *value.values()]
+        elif isinstance(value, list | tuple | set):
+            values += value
+    return found
+
+
+def _refuse_idle_macros(name: str, params: list[str], used: set[str]) -> None:
     """`max_tokens=2` makes a macro, which nothing uses, where `generate.max_tokens=2` is meant."""
     fields = {field.name for field in dataclasses.fields(_classes[name])}
     typed = {found[1] for param in params if (found := re.match(r"\s*(\w+)\s*=", param))}
-    used = {scope for scope, selector in gin.config._OPERATIVE_CONFIG if selector == "gin.macro"}
     for scope, selector in gin.config._CONFIG:
         if selector == "gin.macro" and scope not in used and scope in fields | typed:
             raise UserError(f"gin binds the macro '{scope}', which nothing uses.",

@@ -37,7 +37,8 @@ def check_room(name, config: ModelConfig, dtype: str, quantize: str | None) -> N
     if need > have:
         raise UserError(f"The weights of {name} need {human(need)} in {quantize or dtype}.",
                         f"{human(have)} are available.",
-                        "Quantise them to int8, spread them over a mesh, or free memory.")
+                        ("Spread" if quantize else "Quantise them to int8, spread")
+                        + " them over a mesh, take a smaller model, or free memory.")
 
 
 def host_bytes() -> int:

@@ -47,7 +47,8 @@ class Config:
       cluster: 2 lets two neighbouring blocks load once what both need: `shared`.
       shared: "x", and they take neighbouring bands; or "w", and they take neighbouring rows, up to
         twice `rows` of them.
-      paced: programs ahead of the others wait before an item (`mosaic_gpu_pace`); from jax 0.11 on.
+      paced: programs ahead of the others wait before an item (`mosaic_gpu_pace`). Needs jax 0.11,
+        and a function that nobody differentiates: its counter is an array that changes in place.
       blocks: how many blocks run; an H200 has 132 multiprocessors.
     """
 
@@ -101,30 +102,33 @@ class _Shape:
 
 
 def grouped_matmul(x_MD, w_EDF, group_sizes_E, *, config: Config | None = None, interpret=False,
-                   turned: bool = False, scale_EF=None):
+                   turned: bool = False, scale_EF=None, pace: bool = True):
     """As the public function, for bfloat16 x and plain or stacked bfloat16 weights.
 
     turned: the weights lie [E, F, D]; the matrix unit reads bfloat16 either way.
     scale_EF: float32, multiplies the columns of the products before they are rounded.
+    pace: False takes listed tiles that need no counter in memory.
 
     Raises ValueError for widths or a configuration that do not fit.
     """
-    return _run(x_MD, w_EDF, group_sizes_E, 1, config, interpret, turned, scale_EF)
+    return _run(x_MD, w_EDF, group_sizes_E, 1, config, interpret, turned, scale_EF, pace)
 
 
 def grouped_swiglu(x_MD, w_2EDF, group_sizes_E, *, config: Config | None = None, interpret=False,
-                   turned: bool = False, scale_2EF=None):
+                   turned: bool = False, scale_2EF=None, pace: bool = True):
     """As the public function; SiLU and the product with up happen in registers, in float32."""
-    return _run(x_MD, w_2EDF, group_sizes_E, 2, config, interpret, turned, scale_2EF)
+    return _run(x_MD, w_2EDF, group_sizes_E, 2, config, interpret, turned, scale_2EF, pace)
 
 
-def _run(x_MD, weight, group_sizes_E, parts, config, interpret, turned, scale_EF):
+def _run(x_MD, weight, group_sizes_E, parts, config, interpret, turned, scale_EF, pace):
     values, scale, layer_1 = stack(weight)
     E, *matrix = values.shape[-3:]
     D, F = matrix[::-1] if turned else matrix
     if config is None:
         # Listed for 32 groups: their mean size counts.
-        config = Config(**tiles.listed("hopper", x_MD.shape[0] * 32 // E, D, parts * F))
+        found = tiles.listed("hopper", x_MD.shape[0] * 32 // E, D, parts * F)
+        unpaced = found.pop("unpaced", found)
+        config = Config(**(found if pace and AVAILABLE else unpaced))
     columns = config.columns or 32768 // (config.rows * parts)
     taller = config.cluster if config.shared == "w" else 1
     wider = config.cluster // taller
@@ -273,7 +277,7 @@ class _Block:
         s, refs = self.s, self.refs
         expert, start, rows, column, steps = item
         if s.paced:
-            keep_pace(refs["pace"], s.programs)
+            keep_pace(refs["pace"], refs["header"], s.programs)
         both = {name: dict(collective_axes="cluster") if s.cluster > 1 and s.shared == name else {}
                 for name in "xw"}
 

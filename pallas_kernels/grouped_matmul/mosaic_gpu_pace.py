@@ -14,10 +14,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 AVAILABLE = hasattr(plgpu, "InterpretGPUParams")
 POLLS = 32  # of about 0.7 us
 
-# One thread of the first block of a program: $0 counts items begun, and behind it each program's.
+# One thread of the first block of a program: $0 counts items begun, and behind it each program's;
+# $1 is how many there are, which the last ones wait for where fewer than half of the programs have
+# one.
 _PTX = """{{
   .reg .pred done;
-  .reg .b32 thread, rank, program, item, begun, enough, polls;
+  .reg .b32 thread, rank, program, item, begun, enough, all, polls;
   .reg .b64 own;
   mov.u32 thread, %tid.x;
   and.b32 thread, thread, 127;
@@ -30,6 +32,8 @@ _PTX = """{{
   add.u64 own, own, $0;
   atom.relaxed.gpu.global.add.u32 item, [own + 4], 1;
   mad.lo.u32 enough, item, {programs}, {half};
+  ld.global.u32 all, [$1];
+  min.u32 enough, enough, all;
   atom.relaxed.gpu.global.add.u32 begun, [$0], 1;
   mov.u32 polls, 0;
   POLL:
@@ -45,18 +49,19 @@ _PTX = """{{
 }}"""
 
 
-def keep_pace(counts, programs: int) -> None:
+def keep_pace(counts, items, programs: int) -> None:
     """Called by one warpgroup of every block of each program, once an item.
 
     counts: int32 [1 + programs] in main memory, zero when the kernel begins.
+    items: int32, how many there are comes first.
     """
     code = _PTX.format(programs=programs, half=programs // 2, polls=POLLS)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def wait(_, memory):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def wait(_, *memory):
         # jax's own modules of MLIR, which have no public name.
         ir, llvm = utils.ir, utils.llvm
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), [utils.memref_ptr(memory)], code, "l",
-                        has_side_effects=True)
+        pointers = [utils.memref_ptr(one) for one in memory]
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), pointers, code, "l,l", has_side_effects=True)
 
-    wait(counts)
+    wait(counts, items)

@@ -41,7 +41,10 @@ def grouped_swiglu(x_MD, w_2EDF, group_sizes_E):
 
 
 def _matmul_forward(x_MD, w_EDF, group_sizes_E):
-    return grouped_matmul(x_MD, w_EDF, group_sizes_E), (x_MD, w_EDF, group_sizes_E)
+    _check()
+    # Arrays that change in place cannot be differentiated inside a scan.
+    out_MF = mosaic_gpu_kernel.grouped_matmul(x_MD, w_EDF, group_sizes_E, pace=False)
+    return out_MF, (x_MD, w_EDF, group_sizes_E)
 
 
 def _matmul_backward(residuals, grad_MF):
@@ -57,7 +60,9 @@ def _matmul_backward(residuals, grad_MF):
 
 
 def _swiglu_forward(x_MD, w_2EDF, group_sizes_E):
-    return grouped_swiglu(x_MD, w_2EDF, group_sizes_E), (x_MD, w_2EDF, group_sizes_E)
+    _check()
+    out_MF = mosaic_gpu_kernel.grouped_swiglu(x_MD, w_2EDF, group_sizes_E, pace=False)
+    return out_MF, (x_MD, w_2EDF, group_sizes_E)
 
 
 def _swiglu_backward(residuals, grad_MF):

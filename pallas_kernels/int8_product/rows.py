@@ -4,6 +4,8 @@ XLA writes them in two programs or more, byte by byte where it gathers: for the 
 tokens' experts that took as long as to read 80 MB of weights.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -24,8 +26,9 @@ def two_parts(x_MK):
     return jnp.stack(_cut(x_MK, peak_M[:, None])).astype(jnp.int8), peak_M
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def two_parts_of(x_TK, source_M=None, *, interpret=False):
-    """`two_parts(x_TK[source_M])` by one kernel; a block for each row.
+    """`two_parts(x_TK[source_M])` by one kernel, the same for all layers; a block for each row.
 
     Args:
       x_TK: bfloat16, K a multiple of 128.

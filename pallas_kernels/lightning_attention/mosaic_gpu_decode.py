@@ -1,7 +1,7 @@
 """Lightning attention for one token on Hopper GPUs: each state is read and written once, in place.
 
-A block owns half the columns of one head's state and holds it in registers: every thread asks for
-all its part, 16 bytes at a time, before it works on the first. Shared memory between, filled and
+A block owns 64 columns of one head's state and holds them in registers: every thread asks for all
+its part, 16 bytes at a time, before it works on the first. Shared memory between, filled and
 emptied by TMA, was slower at every batch.
 """
 

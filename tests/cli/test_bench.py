@@ -12,6 +12,7 @@ import pytest
 
 from mmx.bench import cases, peers, plot, run
 from mmx.bench.records import FACTS
+from mmx.errors import UserError
 
 QUICK = ("--rounds=2", "--at_least_ms=1", "--compilation_cache=off")
 TINY = cases.Sizes(forward=((1, 33), (2, 16), (1, 16, 2)), train=((1, 16),), packed=((3, 40),),
@@ -227,8 +228,9 @@ def test_transformers_takes_turns(tmp_path):
         assert "--peers=transformers" in one["command"] and "torch" in one["versions"]
 
 
+@pytest.mark.parametrize("ends", [130, 2], ids=["interrupt", "error"])
 @pytest.mark.parametrize("told", [False, True], ids=["before", "after its record"])
-def test_an_interrupt_beside_a_peer_keeps_what_was_told(bench, monkeypatch, tmp_path, told):
+def test_an_end_beside_a_peer_keeps_what_was_told(bench, monkeypatch, tmp_path, told, ends):
     from mmx.bench import turns
 
     _, out, _ = bench("decode", "--batch=1", "--context=8", "--json")
@@ -237,6 +239,8 @@ def test_an_interrupt_beside_a_peer_keeps_what_was_told(bench, monkeypatch, tmp_
     def interrupted(*arguments):
         if told:
             arguments[-1].append(ours[2])
+        if ends == 2:
+            raise UserError("The process of transformers ended with code 1 and no figure.")
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(peers, "check", lambda names, subject: names)
@@ -245,7 +249,7 @@ def test_an_interrupt_beside_a_peer_keeps_what_was_told(bench, monkeypatch, tmp_
     code, out, _ = bench("decode", "--batch=1", "--context=8", "--peers=transformers",
                          f"--output={tmp_path}")
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert code == 130 and not out
+    assert code == ends and not out
     assert [(one["implementation"], one.get("error")) for one in rows[2:]] == [
         ("mmx", None), ("transformers", None if told else "No turn told a figure.")]
     assert all(row["samples_ms"] == ours[2]["samples_ms"] for row in rows[2:3 + told])

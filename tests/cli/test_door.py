@@ -124,6 +124,18 @@ def test_a_name_without_its_verb_in_a_gin_file_is_told(mmx, tmp_path):
     assert (code, out) == (2, "") and "Write generate.top_p = …." in err and "OTHER" not in err
 
 
+@pytest.mark.parametrize("text, argv", [
+    ("seed = 3\ntrain.seed = %seed", []), ("seed = 3\ngenerate.seed = %seed", ["--seed=4"]),
+    ("seed = 3\ngenerate.stop = [('a', %seed)]", ["--stop=x"]),
+    ("generate.seed = %seed", ["--gin_param=seed=3", "--gin_param=generate.seed=4"])], ids=str)
+def test_a_macro_that_is_used_may_be_overruled(mmx, tmp_path, text, argv):
+    """By a flag, a later binding, or as another verb's in a shared file."""
+    path = tmp_path / "a.gin"
+    path.write_text(text + "\n")
+    code, _, err = mmx("generate", f"--gin_file={path}", *argv, "--top_p=2")
+    assert code == 2 and "top_p=2.0 is out of range" in err  # what is looked at behind it
+
+
 @pytest.mark.parametrize("text, line, words", [
     ("generate.tempratur = 1", 3, "gin name 'generate' has no parameter 'tempratur'"),
     ("generate:\n  tempratur = 1", 4, "gin name 'generate' has no parameter 'tempratur'"),

@@ -116,6 +116,7 @@ REFUSED = {
         (["apply", "--name=mmx", "--pod=v6e:1x2", "--image=r/mmx:1", *MMX], "whole number"),
         (["apply", "--name=mmx", "--pod=v6e:4x9", "--image=r/mmx:1", *MMX], "whole number"),
         (["apply", "--name=mmx", "--pod=v5p:2x3x4", "--image=r/mmx:1", *MMX], "whole number"),
+        (["apply", "--name=mmx", "--pod=v5p:2x2x2x2", "--image=r/mmx:1", *MMX], "three"),
         (["apply", "--name=mmx", "--pod=v6e:4x4", "--image=r/mmx", *MMX], "tag"),
         (["apply", *GKE, "--claim=shared", *MMX], "--claim"),
         (["apply", *GKE, "--bucket=gs://b:/x", *MMX], "--bucket"),

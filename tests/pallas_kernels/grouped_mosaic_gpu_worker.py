@@ -137,6 +137,14 @@ def compile_one(case):
                          array((*matrices, w.shape[-1]), "float32"))
 
     def function(x, w, layer, sizes):
+        if name == "scanned":  # layers of a training step
+            def loss(x):
+                def layer_of(x, w):
+                    public = api.grouped_swiglu if kind == "swiglu" else api.grouped_matmul
+                    return x, jnp.sum(public(x, w, sizes).astype(jnp.float32))
+                return jnp.sum(jax.lax.scan(layer_of, x, w.swapaxes(0, 1) if kind == "swiglu"
+                                            else w)[1])
+            return jax.grad(loss)(x)
         public = api.grouped_swiglu if kind == "swiglu" else api.grouped_matmul
         if name in ("public", "int8"):  # the automatic choice
             return public(x, Stacked(w, layer), sizes)
@@ -149,6 +157,8 @@ def compile_one(case):
 
     with dispatch.compiling_for("gpu"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = jax.jit(function).trace(x, w, array((), jnp.int32), array((E,), jnp.int32))
+        if name == "scanned":
+            return {"products": str(traced.jaxpr).count("name=_call")}
         lowered = traced.lower()
     return {"temp": lowered.compile().memory_analysis().temp_size_in_bytes,
             "paced": "inline_mgpu" in str(traced.jaxpr)}

@@ -25,6 +25,7 @@ COMPILED = ["matmul/4096/public", "swiglu/4096/public", "matmul/32768/cluster",
             "matmul/32768/wide_rows", "swiglu/32768/wide_rows", "matmul/32768/public",
             "swiglu/32768/public"]
 INT8 = ["matmul/32768/int8", "swiglu/32768/int8"]
+SCANNED = ["matmul/32768/scanned", "swiglu/32768/scanned"]
 work = partial(hopper.work, "grouped_mosaic_gpu_worker")
 
 
@@ -38,7 +39,7 @@ def interpreted():
 @pytest.fixture(scope="module")
 def compiled():
     """Per case: memory, and what the assembler says of the kernel."""
-    output = work("compile", [*COMPILED, *INT8], 600, MOSAIC_GPU_DUMP_PTXAS="1")
+    output = work("compile", [*COMPILED, *INT8, *SCANNED], 600, MOSAIC_GPU_DUMP_PTXAS="1")
     cases = json.loads(output.splitlines()[-1])
     for section in re.split(r"^case ", output, flags=re.MULTILINE)[1:]:
         name = section.split("\n", 1)[0].strip()
@@ -60,6 +61,13 @@ def test_interpreted_equals_float64(interpreted, case):
     ("swiglu/32768/cluster", False)], ids=str)
 def test_many_rows_of_the_models_widths_keep_pace(compiled, case, paced):
     assert compiled[case]["paced"] == (paced and mosaic_gpu_pace.AVAILABLE)
+
+
+@pytest.mark.gpu_aot
+@pytest.mark.parametrize("case", SCANNED)
+def test_gradients_through_a_scan_of_layers(compiled, case):
+    """The counter of programs that keep pace changes in place, which no scan differentiates."""
+    assert compiled[case]["products"] >= 2  # forward and in x
 
 
 @pytest.mark.gpu_aot
