@@ -22,8 +22,8 @@ INTERPRETED = [*(f"{kind}/{name}" for kind in ("matmul", "swiglu") for name in N
                "gradient/matmul", "gradient/swiglu"]
 COMPILED = ["matmul/4096/public", "swiglu/4096/public", "matmul/32768/cluster",
             "swiglu/32768/cluster", "matmul/32768/cluster_rows", "swiglu/32768/cluster_rows",
-            "matmul/32768/wide_rows", "swiglu/32768/wide_rows", "matmul/32768/public",
-            "swiglu/32768/public"]
+            "matmul/32768/wide_rows", "swiglu/32768/wide_rows"]
+PUBLIC = ["matmul/32768/public", "swiglu/32768/public"]
 INT8 = ["matmul/32768/int8", "swiglu/32768/int8"]
 SCANNED = ["matmul/32768/scanned", "swiglu/32768/scanned"]
 work = partial(hopper.work, "grouped_mosaic_gpu_worker")
@@ -39,7 +39,7 @@ def interpreted():
 @pytest.fixture(scope="module")
 def compiled():
     """Per case: memory, and what the assembler says of the kernel."""
-    output = work("compile", [*COMPILED, *INT8, *SCANNED], 600, MOSAIC_GPU_DUMP_PTXAS="1")
+    output = work("compile", [*COMPILED, *PUBLIC, *INT8, *SCANNED], 600, MOSAIC_GPU_DUMP_PTXAS="1")
     cases = json.loads(output.splitlines()[-1])
     for section in re.split(r"^case ", output, flags=re.MULTILINE)[1:]:
         name = section.split("\n", 1)[0].strip()
@@ -70,8 +70,9 @@ def test_gradients_through_a_scan_of_layers(compiled, case):
     assert compiled[case]["products"] >= 2  # forward and in x
 
 
+# Where programs cannot keep pace, the choice is the kernel of "cluster_rows", assembled once.
 @pytest.mark.gpu_aot
-@pytest.mark.parametrize("case", COMPILED)
+@pytest.mark.parametrize("case", COMPILED + PUBLIC * mosaic_gpu_pace.AVAILABLE)
 def test_compiles_for_h200_without_spills_or_copies(compiled, case):
     """No weight is cut out of its stack: the list of items is all there is beside the arrays."""
     assert compiled[case]["spills"] and not any(compiled[case]["spills"]), compiled[case]
