@@ -22,9 +22,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.costs import kernel_cost
 from pallas_kernels.grouped_matmul import tiles
 from pallas_kernels.grouped_matmul.mosaic_gpu_items import items_of
-from pallas_kernels.grouped_matmul.mosaic_gpu_pace import AVAILABLE, keep_pace
+from pallas_kernels.grouped_matmul.mosaic_gpu_pace import keep_pace
 from pallas_kernels.grouped_matmul.stacked import stack
-from pallas_kernels.lightning_attention.mosaic_gpu_block import load, transposed
+from pallas_kernels.lightning_attention.mosaic_gpu_block import IN_PLACE, load, transposed
 from pallas_kernels.once import once
 
 K = 64  # inner columns of a tile: 128 bytes, the widest swizzle
@@ -128,7 +128,7 @@ def _run(x_MD, weight, group_sizes_E, parts, config, interpret, turned, scale_EF
         # Listed for 32 groups: their mean size counts.
         found = tiles.listed("hopper", x_MD.shape[0] * 32 // E, D, parts * F)
         unpaced = found.pop("unpaced", found)
-        config = Config(**(found if pace and AVAILABLE else unpaced))
+        config = Config(**(found if pace and IN_PLACE else unpaced))
     columns = config.columns or 32768 // (config.rows * parts)
     taller = config.cluster if config.shared == "w" else 1
     wider = config.cluster // taller
@@ -149,7 +149,7 @@ def _run(x_MD, weight, group_sizes_E, parts, config, interpret, turned, scale_EF
     M = x_MD.shape[0]
     programs = max(config.blocks // config.cluster, 1)
     s = _Shape(parts, E, D, F, half, columns, config.stages, config.cluster, config.shared,
-               config.paced and AVAILABLE and not interpret, programs, turned,
+               config.paced and IN_PLACE and not interpret, programs, turned,
                scale_EF is not None, bool(interpret))
     items, count = items_of(group_sizes_E, M, config.rows * taller, F // (columns * wider),
                             config.together, parts == 1, _UNIT * taller, programs)

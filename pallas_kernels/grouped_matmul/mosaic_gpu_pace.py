@@ -10,8 +10,6 @@ may not run at all while another kernel holds its multiprocessor.
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# Arrays that a kernel changes in place came with jax 0.11, as the interpreter did.
-AVAILABLE = hasattr(plgpu, "InterpretGPUParams")
 POLLS = 32  # of about 0.7 us
 
 # One thread of the first block of a program: $0 counts items begun, and behind it each program's;

@@ -21,6 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+# Whether kernels may change arrays in place: that came with jax 0.11, as the interpreter did.
+IN_PLACE = hasattr(plgpu, "InterpretGPUParams")
 C = 64  # rows of a chunk: those of one warpgroup's matrix instruction
 # Integers per chunk of packed samples: where each row's own sample begins (ends, for `reverse`);
 # from and to of the rows of the incoming state's sample, and of the outgoing one's; whether these

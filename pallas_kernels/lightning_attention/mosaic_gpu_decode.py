@@ -13,10 +13,9 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.costs import kernel_cost
+from pallas_kernels.lightning_attention.mosaic_gpu_block import IN_PLACE as AVAILABLE
 from pallas_kernels.lightning_attention.mosaic_gpu_block import load
 
-# In-place updates came with jax 0.11, as the interpreter did.
-AVAILABLE = hasattr(plgpu, "InterpretGPUParams")
 W = 64      # columns of a block, 256 bytes of a row: with 32, and with 128, it was slower
 PIECES = 2  # of a block's rows, each with its own part of q and k: a third fewer registers than one
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul import mosaic_gpu_kernel, mosaic_gpu_pace
+from pallas_kernels.grouped_matmul import mosaic_gpu_kernel
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.grouped_matmul.mosaic_gpu_items import items_of
+from pallas_kernels.lightning_attention.mosaic_gpu_block import IN_PLACE
 from tests.pallas_kernels import hopper
 from tests.tolerances import bound
 
@@ -60,7 +61,7 @@ def test_interpreted_equals_float64(interpreted, case):
     ("matmul/4096/public", False), ("matmul/32768/public", True), ("swiglu/32768/public", True),
     ("swiglu/32768/cluster", False)], ids=str)
 def test_many_rows_of_the_models_widths_keep_pace(compiled, case, paced):
-    assert compiled[case]["paced"] == (paced and mosaic_gpu_pace.AVAILABLE)
+    assert compiled[case]["paced"] == (paced and IN_PLACE)
 
 
 @pytest.mark.gpu_aot
@@ -72,7 +73,7 @@ def test_gradients_through_a_scan_of_layers(compiled, case):
 
 # Where programs cannot keep pace, the choice is the kernel of "cluster_rows", assembled once.
 @pytest.mark.gpu_aot
-@pytest.mark.parametrize("case", COMPILED + PUBLIC * mosaic_gpu_pace.AVAILABLE)
+@pytest.mark.parametrize("case", COMPILED + PUBLIC * IN_PLACE)
 def test_compiles_for_h200_without_spills_or_copies(compiled, case):
     """No weight is cut out of its stack: the list of items is all there is beside the arrays."""
     assert compiled[case]["spills"] and not any(compiled[case]["spills"]), compiled[case]
