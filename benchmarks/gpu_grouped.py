@@ -9,6 +9,13 @@ variants are timed at 32,768, 4,096 and 8,192 rows of 32 experts, 6144 -> 9216 -
 from a Dirichlet distribution (8), beside JAX's `ragged_dot_mgpu`. One that fails is told and left
 out; nothing is started after --seconds.
 
+`--only=turns` times variants in turns instead, which the card's clock asks for, by the shapes of
+`--shapes`: ROWSxPARTS, where PARTS devices hold the columns of an expert between them
+(`tensor=PARTS`), with a `t` behind if the matrices lie turned and have scales, as int8 ones that
+were cast do:
+
+    python benchmarks/gpu_grouped.py --only=turns --shapes=16384x1,131072x4t --seconds=300
+
 `--only=once` runs each product of the listed tiles once, at 32,768 and 4,096 rows, for a profiler:
 
     ncu --clock-control none -k regex:grouped --section SpeedOfLight --section \
@@ -24,6 +31,7 @@ import statistics
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +54,13 @@ OURS = {"listed": None, "256 rows": Config(rows=256),
         "256 rows, x shared, paced": Config(rows=256, together=4, cluster=2, paced=True),
         "128 rows": Config(), "128 rows, 3 stages": Config(stages=3),
         "128 rows, w shared": Config(cluster=2, shared="w")}
+TURNS = {"listed": None, "256 rows": Config(rows=256),
+         "256 rows, w shared": Config(rows=256, together=4, cluster=2, shared="w"),
+         "256 rows, paced": Config(rows=256, together=4, paced=True),
+         "256 rows, paced, together 8": Config(rows=256, together=8, paced=True),
+         "256 rows, x shared, paced": Config(rows=256, together=4, cluster=2, paced=True),
+         "256 rows, w shared, paced": Config(rows=256, together=4, cluster=2, shared="w",
+                                             paced=True)}
 CORE = 2  # how many of ours are timed first, everywhere
 
 
@@ -64,7 +79,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", help="also write every figure to this file")
     parser.add_argument("--seconds", type=float, default=140, help="start nothing after so long")
-    parser.add_argument("--only", default="check,time", help="of check, time, or once")
+    parser.add_argument("--only", default="check,time", help="of check, time; or turns, or once")
+    parser.add_argument("--shapes", default="32768x1,4096x1", help="of turns [%(default)s]")
     args = parser.parse_args()
     if jax.default_backend() != "gpu":
         parser.error("this measures kernels for NVIDIA GPUs; jax finds none here.")
@@ -73,6 +89,9 @@ def main():
     if args.only == "once":
         once()
         return
+    if args.only == "turns":
+        for shape in args.shapes.split(","):
+            in_turns(run, shape)
     if "check" in args.only:
         check(run)
     if "time" in args.only or "check" in args.only:
@@ -120,8 +139,10 @@ class Run:
                 print(f"  {x['kernel']:14} {x['variant']:34} {x['ms']:8.3f} {x['tflops']:6.0f}")
             for up, down in (("swiglu", "matmul down"), ("jax gate", "jax down")):
                 if up in best and down in best:
-                    ms = best[up]["ms"] * (2 if up == "jax gate" else 1) + best[down]["ms"]
-                    print(f"  {up} + {down}: {6 * M * D * F / ms / 1e9:.0f} TFLOP/s together")
+                    both = [best[up]] * (2 if up == "jax gate" else 1) + [best[down]]
+                    ms = sum(x["ms"] for x in both)
+                    rate = sum(x["ms"] * x["tflops"] for x in both) / ms
+                    print(f"  {up} + {down}: {rate:.0f} TFLOP/s together")
 
 
 def skewed(M):
@@ -252,6 +273,53 @@ def at_width(run, checking, timing):
                 run.attempt(f"{M} {kernel} {name}", time_one, run, M, kernel, name,
                             partial(mosaic_gpu.grouped_matmul, sizes=tiles), 2 * M * D * F,
                             *arguments, sizes)
+
+
+def in_turns(run, shape, rounds=5):
+    """Every variant compiled first, all at once; then rounds, each starting one variant further."""
+    turned = shape.endswith("t")
+    M, shards = (int(number) for number in shape.rstrip("t").split("x"))
+    width, sizes = F // shards, jnp.asarray(skewed(M))
+    for kernel, parts, inner, columns in (("swiglu", 2, D, width), ("matmul down", 1, width, D)):
+        matrix = (columns, inner) if turned else (inner, columns)
+        w = draw(jax.random.key(parts), (parts, E, *matrix), inner**-0.5)
+        x, more = draw(jax.random.key(M), (M, inner), 1.0), {}
+        if turned:
+            scale = jax.random.uniform(jax.random.key(9), (parts, E, columns), minval=0.5)
+            more = {"turned": True, **({"scale_2EF": scale} if parts == 2 else
+                                       {"scale_EF": scale[0]})}
+        function = (mosaic_gpu_kernel.grouped_swiglu if parts == 2
+                    else mosaic_gpu_kernel.grouped_matmul)
+        arguments = x, w if parts == 2 else w[0], sizes
+        calls = {}
+
+        def compiled(name, config, function=function, more=more, arguments=arguments, calls=calls):
+            call = jax.jit(partial(function, config=config, **more))
+            calls[name] = call.lower(*arguments).compile()
+
+        case = f"{shape} {kernel}"
+        with ThreadPoolExecutor() as pool:
+            for name, config in TURNS.items():
+                pool.submit(run.attempt, f"{case} {name}", compiled, name, config)
+        first = calls["listed"](*arguments)
+        same = {name: bool(jnp.array_equal(first, call(*arguments)))
+                for name, call in calls.items()}
+        times = {name: [] for name in calls}
+        for turn in range(rounds):
+            if run.elapsed() > run.seconds:
+                break
+            names = [name for name in TURNS if name in calls]
+            for name in names[turn % len(names):] + names[:turn % len(names)]:
+                times[name].append(median_ms(calls[name], *arguments, rounds=1, least=0.05))
+        flops = 2 * parts * M * D * width
+        for name, all_ms in times.items():
+            if all_ms:
+                ms = statistics.median(all_ms)
+                run.times.append({
+                    "rows": shape, "kernel": kernel, "variant": name, "ms": ms,
+                    "tflops": flops / ms / 1e9, "spread": (max(all_ms) - min(all_ms)) / ms,
+                    "equal_to_listed": same[name]})
+    print(f"-- {shape}: {run.elapsed():.0f} s", flush=True)
 
 
 def once():
