@@ -92,6 +92,13 @@ def worded(error: BaseException) -> tuple[int, str | None]:
     if isinstance(error, OSError):
         name = f"{error.filename!r}: " if error.filename else ""
         return UserError.exit_code, f"{name}{error.strerror or error}."
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("", "mmx", "pallas_kernels"):
+            return UserError.exit_code, (
+                f"The Python package '{package}' is missing for {sys.executable}. mmx runs where "
+                "its dependencies are installed. Activate that environment "
+                "(. .venv/bin/activate), or write pip install -e . in the clone.")
     if isinstance(error, MemoryError):
         return UserError.exit_code, _OUT_OF_MEMORY
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):

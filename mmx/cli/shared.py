@@ -107,9 +107,11 @@ def check_output(path: str, flag: str = "output", folder: bool = False,
 def enable_compilation_cache(directory: str = "") -> None:
     """Keeps compiled programs on disk; to be called before jax is imported.
 
-    `directory` "" means $JAX_COMPILATION_CACHE_DIR, else `mmx/jax` in the user's cache directory;
-    "off" keeps none. A directory that cannot be made is left out: a run without it is only slower.
+    `directory` "" means $JAX_COMPILATION_CACHE_DIR, else `mmx/jax` in the user's cache directory,
+    left out where it cannot be made: a run without it is only slower. "off" keeps none. Raises
+    UserError for a directory that is named here and cannot be made.
     """
+    named = directory
     if directory == "off":
         os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
         return
@@ -120,7 +122,11 @@ def enable_compilation_cache(directory: str = "") -> None:
         directory = str(Path(base) / "mmx" / "jax")
     try:
         os.makedirs(directory, exist_ok=True)
-    except OSError:
+    except OSError as error:
+        if named:
+            raise UserError(
+                f"--compilation_cache={named} cannot be made ({error.strerror.lower()}).",
+                "It is a folder that keeps compiled programs.", "Name another, or 'off'.") from None
         return
     os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

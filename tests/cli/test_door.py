@@ -238,6 +238,7 @@ def test_a_saved_config_is_whole(tmp_path):
     (BrokenPipeError(), 141, ""),
     (PermissionError(13, "Permission denied", "/x/y"), 2, "'/x/y': Permission denied"),
     (OSError(28, "No space left on device"), 2, "No space left on device"),
+    (ModuleNotFoundError("No module named 'gin.x'", name="gin.x"), 2, "package 'gin' is missing"),
     (MemoryError(), 2, "The memory of this machine is used up."),
     (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes"), 2,
      "Shorten the prompt"),
@@ -252,13 +253,26 @@ def test_failures_of_the_machine_are_sentences(mmx, monkeypatch, error, code, wo
     assert found == code and words in err
 
 
-def test_other_failures_are_not_hidden(mmx, monkeypatch):
+@pytest.mark.parametrize("error", [
+    RuntimeError("a fault of ours"),
+    ModuleNotFoundError("a fault of ours", name="mmx.nothing"),
+])
+def test_other_failures_are_not_hidden(mmx, monkeypatch, error):
     def fail(call):
-        raise RuntimeError("a fault of ours")
+        raise error
 
     monkeypatch.setattr(cli.verb_module("inspect"), "run", fail)
-    with pytest.raises(RuntimeError, match="a fault of ours"):
+    with pytest.raises(type(error), match="a fault of ours"):
         mmx("inspect")
+
+
+@pytest.mark.parametrize("words", [["generate", "To install"], ["inspect"]])
+def test_without_its_dependencies_the_way_to_them_is_told(words):
+    done = subprocess.run([sys.executable, "-S", "-m", "mmx", *words], capture_output=True,
+                          text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"mmx: The Python package '\w+' is missing for .* mmx runs where its "
+                        r"dependencies are installed\. Activate .* in the clone\.\n", done.stderr)
 
 
 def test_help_and_mistakes_load_nothing_heavy():

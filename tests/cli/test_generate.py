@@ -10,6 +10,7 @@ import pytest
 
 from mmx.cli.main import main
 from mmx.config import ModelConfig
+from mmx.errors import UserError
 from mmx.model import forward
 from mmx.obs.progress import Progress
 from tests import tiny
@@ -147,5 +148,8 @@ def test_compilation_cache(checkpoint, monkeypatch, tmp_path):
     enable_compilation_cache("off")
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
     (tmp_path / "file").write_text("")
-    enable_compilation_cache(str(tmp_path / "file" / "x"))
+    with pytest.raises(UserError, match="cannot be made .not a directory.. It is a folder"):
+        enable_compilation_cache(str(tmp_path / "file" / "x"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    enable_compilation_cache()  # not named: goes without
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ

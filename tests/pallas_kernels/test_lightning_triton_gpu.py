@@ -50,8 +50,8 @@ def work(what, cases, timeout):
     env = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
     done = subprocess.run(
         [sys.executable, "-m", "tests.pallas_kernels.lightning_triton_gpu_worker", what, *cases],
-        cwd=ROOT, env={**env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        timeout=timeout)
+        cwd=ROOT, env={**env, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
+        capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
