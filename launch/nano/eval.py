@@ -30,6 +30,7 @@ from mmx.checkpoint import load_params
 from mmx.data.recall import Haystack, needle_prompts
 from mmx.errors import UserError
 from mmx.model import forward, step
+from mmx.sharding.absent import skip_absent_accelerators
 from mmx.text import load_tokenizer
 
 CHUNK = 512
@@ -161,13 +162,18 @@ def main() -> None:
     if not args.heldout.is_file():
         parser.error(f"there is no file {args.heldout}. It holds a document a line, as "
                      "launch/nano/gather.py writes it; --heldout names another.")
+    try:
+        with args.heldout.open() as lines:
+            texts = [json.loads(line)["text"] for line in lines]
+    except (ValueError, KeyError, TypeError):
+        parser.error(f"{args.heldout} is not JSON Lines with a text in each. launch/nano/gather.py "
+                     "writes such a file; --heldout names another.")
+    skip_absent_accelerators()
     cpu = jax.default_backend() == "cpu"
     dtype = args.dtype or ("float32" if cpu else "bfloat16")
     rows = args.rows or (8 if cpu else 50)
     config, params = load_params(args.model, dtype=dtype)
     tokenizer = load_tokenizer(args.model)
-    with args.heldout.open() as lines:
-        texts = [json.loads(line)["text"] for line in lines]
     scored = texts[: args.docs] if args.docs else texts
     joined = "\n\n".join(scored).encode()
     report: dict = {"model": str(args.model), "dtype": dtype, "backend": jax.default_backend()}
