@@ -42,6 +42,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
+from mmx.bench import timing  # noqa: E402
 from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_gpu_kernel  # noqa: E402
 from pallas_kernels.grouped_matmul.mosaic_gpu_kernel import Config  # noqa: E402
 from pallas_kernels.grouped_matmul.stacked import Stacked  # noqa: E402
@@ -272,8 +273,8 @@ def at_width(run, checking, timing):
                             *arguments, sizes)
 
 
-def in_turns(run, shape, rounds=5):
-    """Every variant compiled first, all at once; then rounds, each starting one variant further."""
+def in_turns(run, shape):
+    """Every variant is compiled first, all at once, and compared; then they are timed in turns."""
     turned = shape.endswith("t")
     M, shards = (int(number) for number in shape.rstrip("t").split("x"))
     width, sizes = F // shards, jnp.asarray(skewed(M))
@@ -298,24 +299,23 @@ def in_turns(run, shape, rounds=5):
         with ThreadPoolExecutor() as pool:
             for name, config in TURNS.items():
                 pool.submit(run.attempt, f"{case} {name}", compiled, name, config)
+        if "listed" not in calls:  # told by attempt; there is nothing to compare with
+            continue
         first = calls["listed"](*arguments)
         same = {name: bool(jnp.array_equal(first, call(*arguments)))
                 for name, call in calls.items()}
         run.checks.extend({"case": f"{case} {name}", "ok": equal} for name, equal in same.items())
-        times = {name: [] for name in calls}
-        for turn in range(rounds):
-            if run.elapsed() > run.seconds:
-                break
-            names = [name for name in TURNS if name in calls]
-            for name in names[turn % len(names):] + names[:turn % len(names)]:
-                times[name].append(median_ms(calls[name], *arguments, rounds=1, least=0.05))
+        runs = {name: partial(timing.dispatched, calls[name], *arguments)
+                for name in TURNS if name in calls}
         flops = 2 * parts * M * D * width
-        for name, all_ms in times.items():
-            if all_ms:
-                ms = statistics.median(all_ms)
-                run.times.append({
-                    "rows": shape, "kernel": kernel, "variant": name, "ms": ms,
-                    "tflops": flops / ms / 1e9, "spread": (max(all_ms) - min(all_ms)) / ms})
+        for name, found in timing.in_turns(runs, timing.Method(), clock=run.elapsed,
+                                           until=run.seconds).items():
+            if isinstance(found, str):
+                run.failures.append({"case": f"{case} {name}", "error": found})
+                continue
+            run.times.append({
+                "rows": shape, "kernel": kernel, "variant": name, "ms": found.median * 1e3,
+                "tflops": flops / found.median / 1e12, "spread": found.spread})
     print(f"-- {shape}: {run.elapsed():.0f} s", flush=True)
 
 
